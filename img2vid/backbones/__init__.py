@@ -1,0 +1,84 @@
+"""Image backbones: the only place that knows the insides of timm and open_clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from img2vid.backbones.names import ALIASES, parse_name
+from img2vid.backbones.tower import Backbone, ImageTower
+from img2vid.errors import BackboneError
+
+__all__ = ["ALIASES", "Backbone", "BackboneError", "ImageTower", "describe", "load_backbone", "wrap_module"]
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    random_weights: bool = False,
+    image_size: tuple[int, int] | None = None,
+    arguments: dict[str, Any] | None = None,
+) -> Backbone:
+    """Load an image model by name.
+
+    Args:
+        name: an alias (``vit_base``, ``clip_b16``, ...), ``timm:NAME[.TAG]``, ``open_clip:ARCH[/TAG]`` or ``nano_clip``.
+        weights: local ``.safetensors`` or ``.pth`` file instead of the library's pretrained weights.
+        random_weights: build the architecture without loading any weights.
+        image_size: pixels (height, width); None keeps the architecture's own.
+        arguments: further keyword arguments of the library's factory, such as ``{"drop_path_rate": 0.1}``.
+
+    Raises:
+        BackboneError: unknown or unsupported, or ``WeightsUnavailable`` where its weights cannot be had.
+        WeightsError: a local file that cannot be read or does not fit.
+    """
+    if weights is not None and random_weights:
+        raise BackboneError(f"Both weights={str(weights)!r} and random_weights were given; choose one.")
+    parsed = parse_name(name)
+    options = {"weights": weights, "random_weights": random_weights, "image_size": image_size, "arguments": arguments}
+    if parsed.library == "timm":
+        from img2vid.backbones.from_timm import load_timm
+
+        return load_timm(parsed, **options)
+    if parsed.library == "nano_clip":
+        from img2vid.backbones.nano_clip import load_nano_clip_backbone
+
+        return load_nano_clip_backbone(**options)
+    from img2vid.backbones.from_open_clip import load_open_clip
+
+    return load_open_clip(parsed, **options)
+
+
+def describe(tower: nn.Module) -> ImageTower:
+    """Find the parts of an image tower: a timm model, or the ``visual`` of an open_clip model."""
+    if comes_from(tower, "timm."):
+        from img2vid.backbones.from_timm import describe_timm
+
+        return describe_timm(tower)
+    from img2vid.backbones.from_open_clip import describe_open_clip
+
+    return describe_open_clip(tower)
+
+
+def wrap_module(model: nn.Module) -> Backbone:
+    """A backbone from an already built timm or open_clip model, with the weights and the head it has.
+
+    Raises:
+        BackboneError: neither, or an architecture that is not supported.
+    """
+    if hasattr(model, "visual") and hasattr(model, "encode_text"):
+        return Backbone(model, describe(model.visual), pretrained="the given module")
+    if comes_from(model, "timm.", "open_clip."):
+        return Backbone(model, describe(model), pretrained="the given module")
+    raise BackboneError(
+        f"A {type(model).__module__}.{type(model).__name__} was given. Expected a timm model, an open_clip model, or a "
+        "backbone's name (python -m img2vid.convert --list)."
+    )
+
+
+def comes_from(module: nn.Module, *libraries: str) -> bool:
+    """Whether the module's class, or a class it inherits from, is defined in one of the libraries."""
+    return any(cls.__module__.startswith(libraries) for cls in type(module).__mro__)

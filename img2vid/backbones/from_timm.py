@@ -1,0 +1,209 @@
+"""timm (https://github.com/huggingface/pytorch-image-models): Wightman's library of image models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import cait
+from torch import nn
+
+from img2vid.backbones.hub import fetching
+from img2vid.backbones.names import BackboneName
+from img2vid.backbones.reading import BLOCKS, block_kind
+from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
+from img2vid.errors import BackboneError, WeightsError, nearest
+from img2vid.weights import load_weights, read_state_dict
+
+# Models that are called ViT-like but whose tokens do not stay in fixed columns from block to block, so that "the same
+# position in the next frame" means nothing to their blocks; or whose attention is not yet read.
+REFUSALS = {
+    "Xcit": "its attention mixes channels instead of tokens (cross-covariance attention)",
+    "Hiera": "its tokens are pooled between stages",
+    "HieraDet": "its tokens are pooled between stages",
+    "CrossVit": "it runs two token streams of different sizes",
+    "VOLO": "its outlook attention works on a feature map, not on tokens",
+    "PoolingVisionTransformer": "its tokens are pooled between stages",
+    "VisionTransformerSAM": "its blocks work on windows of a feature map",
+    "ConVit": "its gated positional attention adds the class token half-way",
+    "TNT": "it runs an inner transformer over pixels of each patch",
+    "Gemma4VitEncoder": "its blocks take masks and position tables per image that know nothing of clips",
+    "Gemma4VitClassifier": "its blocks take masks and position tables per image that know nothing of clips",
+}
+CLASSIFIER_KEYS = [r"(head|head_dist|fc|head\.fc)\.(weight|bias)"]
+
+
+def load_timm(
+    name: BackboneName,
+    *,
+    weights: str | Path | None = None,
+    random_weights: bool = False,
+    image_size: tuple[int, int] | None = None,
+    arguments: dict[str, Any] | None = None,
+) -> Backbone:
+    """Build a timm model as a feature extractor (no classifier) and load its weights.
+
+    Args:
+        name: architecture and tag.
+        weights: local file instead of timm's pretrained weights; timm's own filter for the architecture reads foreign
+            layouts (DINOv2, MAE, OpenAI CLIP, ...), then every key is accounted for.
+        random_weights: no weights at all.
+        image_size: pixels (height, width); position embeddings are resampled.
+        arguments: further keyword arguments of ``timm.create_model``, such as ``drop_path_rate``.
+    """
+    check_known(name)
+    arguments = dict(arguments or {})
+    full_name = name.architecture + (f".{name.tag}" if name.tag else "")
+    described = dict(arguments)
+    arguments = {"num_classes": 0, **with_any_size(full_name, arguments)}
+    describe_timm(skeleton(full_name, arguments))  # refuse before downloading anything
+    dropped: list[str] = []
+    if weights is None and not random_weights:
+        with fetching(str(name)):
+            model = timm.create_model(full_name, pretrained=True, **arguments)
+        source = f"timm {full_name}"
+    else:
+        model = timm.create_model(full_name, pretrained=False, **arguments)
+        source = None
+        if weights is not None:
+            dropped = load_file(model, weights)
+            source = str(weights)
+    set_image_size(model, image_size)
+    return Backbone(model.eval(), describe_timm(model), str(name), described, source, dropped)
+
+
+def check_known(name: BackboneName) -> None:
+    if not timm.is_model(name.architecture):
+        hint = nearest(name.architecture, timm.list_models())
+        raise BackboneError(f"timm {timm.__version__} has no model {name.architecture!r}.{hint}")
+    tags = [n.partition(".")[2] for n in timm.list_models(f"{name.architecture}.*", pretrained=True)]
+    if name.tag and name.tag not in tags:
+        have = ", ".join(tags) or "none"
+        raise BackboneError(f"timm has no weights {name.tag!r} for {name.architecture}. It has: {have}.")
+
+
+def with_any_size(full_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Ask for images of any size in forward where the architecture can (``dynamic_img_size``)."""
+    wanted = {"dynamic_img_size": True, **arguments}
+    try:
+        skeleton(full_name, {"num_classes": 0, **wanted})
+    except TypeError as error:
+        if "dynamic_img_size" in arguments or "dynamic_img_size" not in str(error):
+            raise BackboneError(f"timm cannot build {full_name} with {arguments}: {error}") from error
+        return arguments
+    return wanted
+
+
+def skeleton(full_name: str, arguments: dict[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(full_name, pretrained=False, **arguments)
+
+
+def load_file(model: nn.Module, path: str | Path) -> list[str]:
+    """Load a local weights file; returns the classifier keys it held, which a feature extractor has no place for."""
+    state = read_state_dict(path)
+    to_timm = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if to_timm is not None:
+        try:
+            state = to_timm(state, model)
+        except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+            raise WeightsError(
+                f"{path} is not in a layout timm knows for {type(model).__name__} ({type(error).__name__}: {error})."
+            ) from error
+    return load_weights(model, state, allow_dropped=CLASSIFIER_KEYS, source=str(path)).dropped
+
+
+def set_image_size(model: nn.Module, image_size: tuple[int, int] | None) -> None:
+    """Another native image size, in place; timm resamples the position embedding with both grids explicit."""
+    if image_size is None:
+        return
+    tower = describe_timm(model)
+    if image_size == tower.image_size:
+        return
+    check_divisible(image_size, tower.patch_size)
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=image_size)
+    elif not tower.any_size:
+        raise BackboneError(
+            f"{type(model).__name__} is built for {tower.image_size[0]} x {tower.image_size[1]} pixels and cannot be "
+            "resized after loading. Leave image_size out, or choose an architecture of the size you need."
+        )
+
+
+def check_divisible(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    if any(pixels % patch for pixels, patch in zip(image_size, patch_size, strict=True)):
+        nearby = tuple(max(patch, round(pixels / patch) * patch) for pixels, patch in zip(image_size, patch_size, strict=True))
+        raise BackboneError(
+            f"image_size={image_size[0]} x {image_size[1]} pixels cannot be cut into patches of "
+            f"{patch_size[0]} x {patch_size[1]}. Use multiples of the patch size, for example {nearby[0]} x {nearby[1]}."
+        )
+
+
+def describe_timm(model: nn.Module) -> ImageTower:
+    """Find the parts of a timm model.
+
+    Raises:
+        BackboneError: a model whose blocks cannot be made space-time blocks, with the reason.
+    """
+    # the vision encoders of Qwen3-VL and DeepSeek keep their blocks one level down
+    trunk_path = "encoder." if hasattr(getattr(model, "encoder", None), "blocks") else ""
+    trunk = model.encoder if trunk_path else model
+    blocks = getattr(trunk, "blocks", None)
+    class_name = type(model).__name__
+    reason = REFUSALS.get(class_name)
+    if reason is None and (not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0):
+        reason = "it has no flat list of transformer blocks"
+    if reason is None and any(cls not in BLOCKS for cls in {image_class(block) for block in blocks}):
+        reason = f"its blocks of class {type(blocks[0]).__name__} are not known (img2vid/backbones/reading.py)"
+    if reason is not None:
+        raise BackboneError(f"{class_name} cannot become a video model: {reason}.")
+    embed = getattr(trunk, "patch_embed", None) or trunk.embeds
+    conv = getattr(embed, "proj", None)
+    kind = block_kind(blocks[0])
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return ImageTower(
+        module=model,
+        blocks=[(f"{trunk_path}blocks.{i}", block) for i, block in enumerate(blocks)],
+        # CaiT appends its class token after these blocks
+        num_prefix_tokens=0 if isinstance(model, cait.Cait) else trunk.num_prefix_tokens,
+        image_size=native_size(embed, config),
+        patch_size=effective_patch(embed),
+        any_size=bool(getattr(trunk, "dynamic_img_size", False)) or class_name.startswith(("NaFlex", "Qwen3", "Deepseek")),
+        position=position_kind(trunk, embed, kind),
+        patch_conv=conv if type(conv) is nn.Conv2d and conv.stride == conv.kernel_size else None,
+        preprocess=Preprocess(
+            tuple(config.get("mean") or (0.5,) * 3),
+            tuple(config.get("std") or (0.5,) * 3),
+            config.get("interpolation") or "bicubic",
+        ),
+    )
+
+
+def image_class(block: nn.Module) -> type[nn.Module]:
+    """The block's own class, also after it became a space-time block."""
+    return next((cls for cls in type(block).__mro__ if cls in BLOCKS), type(block))
+
+
+def native_size(embed: nn.Module, config: dict[str, Any]) -> tuple[int, int]:
+    size = getattr(embed, "img_size", None) or tuple((config.get("input_size") or (3, 224, 224))[1:])
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def effective_patch(embed: nn.Module) -> tuple[int, int]:
+    """Pixels per token; hybrid stems see their patches through a convolutional network that shrinks the image first."""
+    ratio = embed.feat_ratio(as_scalar=False) if hasattr(embed, "feat_ratio") else embed.patch_size
+    return (ratio, ratio) if isinstance(ratio, int) else tuple(ratio)
+
+
+def position_kind(trunk: nn.Module, embed: nn.Module, kind: Any) -> str:
+    kinds = []
+    if getattr(trunk, "pos_embed", None) is not None or getattr(embed, "pos_embed", None) is not None:
+        kinds.append("learned 2-D")
+    if getattr(trunk, "rope", None) is not None:
+        kinds.append("rotary, per block" if getattr(trunk, "rope_mixed", False) else "rotary")
+    if kind.relative:
+        kinds.append("relative bias")
+    return " + ".join(kinds) or "none"

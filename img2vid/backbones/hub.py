@@ -1,0 +1,68 @@
+"""Fetching pretrained weights: cached ones at once, others over the network, and a quick clear no without one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlparse
+
+from img2vid.errors import BackboneError
+
+
+class WeightsUnavailable(BackboneError):
+    """Pretrained weights that are neither cached nor to be had; the message names every way out."""
+
+
+@contextmanager
+def fetching(name: str) -> Iterator[None]:
+    """Run a library's own download; without a network use its cache only, instead of minutes of retries.
+
+    Raises:
+        WeightsUnavailable: the weights of ``name`` could not be had.
+    """
+    import httpx
+    from huggingface_hub import constants
+
+    logger = logging.getLogger("huggingface_hub")
+    offline, level = constants.HF_HUB_OFFLINE, logger.level
+    if not reachable(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = True
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, httpx.HTTPError) as error:
+        raise WeightsUnavailable(unavailable(name, error)) from error
+    except RuntimeError as error:
+        # open_clip reports failed downloads as RuntimeError; anything else is not about fetching
+        if "download" not in str(error).lower():
+            raise
+        raise WeightsUnavailable(unavailable(name, error)) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        logger.setLevel(level)
+
+
+def reachable(endpoint: str) -> bool:
+    """Whether the hub's host can be found at all; behind a proxy only trying tells."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    try:
+        socket.getaddrinfo(urlparse(endpoint).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def unavailable(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"The pretrained weights of {name} are not in the local cache and could not be downloaded ({reason}).\n"
+        "Ways out:\n"
+        "  --weights FILE       load them from a .safetensors or .pth file (in Python: weights=FILE)\n"
+        "  --random-weights     convert the architecture with random weights (in Python: random_weights=True)\n"
+        "  --backbone nano_clip use the small pretrained model that comes with img2vid, which needs no network\n"
+        "or run once with a network; the libraries' caches are used afterwards."
+    )

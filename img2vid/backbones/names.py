@@ -1,0 +1,109 @@
+"""Names of backbones: short aliases, and ``library:ARCHITECTURE`` for everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from img2vid.errors import BackboneError, nearest
+
+# alias: canonical name. The part behind '.' (timm) or '/' (open_clip) names the pretrained weights.
+ALIASES: dict[str, str] = {
+    "nano_clip": "nano_clip",
+    "vit_tiny": "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+    "vit_small": "timm:vit_small_patch16_224.augreg_in21k_ft_in1k",
+    "vit_base": "timm:vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "vit_large": "timm:vit_large_patch16_224.augreg_in21k_ft_in1k",
+    "deit3_s": "timm:deit3_small_patch16_224.fb_in22k_ft_in1k",
+    "deit3_b": "timm:deit3_base_patch16_224.fb_in22k_ft_in1k",
+    "deit3_l": "timm:deit3_large_patch16_224.fb_in22k_ft_in1k",
+    "mae_b": "timm:vit_base_patch16_224.mae",
+    "mae_l": "timm:vit_large_patch16_224.mae",
+    "beitv2_b": "timm:beitv2_base_patch16_224.in1k_ft_in22k_in1k",
+    "dino_b16": "timm:vit_base_patch16_224.dino",
+    "dinov2_s": "timm:vit_small_patch14_dinov2.lvd142m",
+    "dinov2_b": "timm:vit_base_patch14_dinov2.lvd142m",
+    "dinov2_l": "timm:vit_large_patch14_dinov2.lvd142m",
+    "dinov2_g": "timm:vit_giant_patch14_dinov2.lvd142m",
+    "dinov2_reg_s": "timm:vit_small_patch14_reg4_dinov2.lvd142m",
+    "dinov2_reg_b": "timm:vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov2_reg_l": "timm:vit_large_patch14_reg4_dinov2.lvd142m",
+    "dinov3_s": "timm:vit_small_patch16_dinov3.lvd1689m",
+    "dinov3_b": "timm:vit_base_patch16_dinov3.lvd1689m",
+    "dinov3_l": "timm:vit_large_patch16_dinov3.lvd1689m",
+    "dinov3_h": "timm:vit_huge_plus_patch16_dinov3.lvd1689m",
+    "eva02_t": "timm:eva02_tiny_patch14_224.mim_in22k",
+    "eva02_s": "timm:eva02_small_patch14_224.mim_in22k",
+    "eva02_b": "timm:eva02_base_patch14_224.mim_in22k",
+    "eva02_l": "timm:eva02_large_patch14_224.mim_m38m",
+    "clip_b32": "open_clip:ViT-B-32/openai",
+    "clip_b16": "open_clip:ViT-B-16/openai",
+    "clip_l14": "open_clip:ViT-L-14/openai",
+    "clip_l14_336": "open_clip:ViT-L-14-336/openai",
+    "clip_b16_laion2b": "open_clip:ViT-B-16/laion2b_s34b_b88k",
+    "clip_b16_datacomp": "open_clip:ViT-B-16/datacomp_xl_s13b_b90k",
+    "clip_h14_laion2b": "open_clip:ViT-H-14/laion2b_s32b_b79k",
+    "eva02_clip_b16": "open_clip:EVA02-B-16/merged2b_s8b_b131k",
+    "eva02_clip_l14": "open_clip:EVA02-L-14/merged2b_s4b_b131k",
+    "siglip_b16": "open_clip:ViT-B-16-SigLIP/webli",
+    "siglip_l16": "open_clip:ViT-L-16-SigLIP-256/webli",
+    "siglip_so400m": "open_clip:ViT-SO400M-14-SigLIP/webli",
+    "siglip2_b16": "open_clip:ViT-B-16-SigLIP2/webli",
+    "siglip2_l16": "open_clip:ViT-L-16-SigLIP2-256/webli",
+    "siglip2_so400m": "open_clip:ViT-SO400M-14-SigLIP2/webli",
+    "pe_b16": "open_clip:PE-Core-B-16/meta",
+    "pe_l14": "open_clip:PE-Core-L-14-336/meta",
+    "coca_b32": "open_clip:coca_ViT-B-32/laion2b_s13b_b90k",
+    "coca_l14": "open_clip:coca_ViT-L-14/laion2b_s13b_b90k",
+}
+
+LIBRARIES = ("timm", "open_clip")
+
+
+@dataclass(frozen=True)
+class BackboneName:
+    """``library:architecture`` and the tag of its pretrained weights, None for the library's default or for none."""
+
+    library: str
+    architecture: str
+    tag: str | None = None
+
+    def __str__(self) -> str:
+        if self.library == "nano_clip":
+            return "nano_clip"
+        mark = "." if self.library == "timm" else "/"
+        return f"{self.library}:{self.architecture}" + (f"{mark}{self.tag}" if self.tag else "")
+
+
+def parse_name(name: str) -> BackboneName:
+    """An alias or ``library:ARCHITECTURE[tag]`` as its parts; the architecture is not looked up yet.
+
+    Raises:
+        BackboneError: neither an alias nor a known library; the nearest names are suggested.
+    """
+    full = ALIASES.get(name, name)
+    if full == "nano_clip":
+        return BackboneName("nano_clip", "nano_clip")
+    library, colon, rest = full.partition(":")
+    if not colon or library not in LIBRARIES or not rest:
+        raise BackboneError(
+            f"Unknown backbone {name!r}.{nearest(name, suggestions(name))} Give an alias (python -m img2vid.convert --list), "
+            "timm:NAME[.TAG], open_clip:ARCH[/TAG], or nano_clip."
+        )
+    if library == "timm":
+        architecture, _, tag = rest.partition(".")
+    else:
+        architecture, _, tag = rest.partition("/")
+    return BackboneName(library, architecture, tag or None)
+
+
+def suggestions(name: str) -> list[str]:
+    """Everything a mistyped name could have meant."""
+    import open_clip
+    import timm
+
+    timm_names, clip_names = timm.list_models(), open_clip.list_models()
+    if ":" in name:
+        return [f"timm:{n}" for n in timm_names] + [f"open_clip:{n}" for n in clip_names]
+    return list(ALIASES) + [n for n in timm_names + clip_names if n == name] + [
+        f"{library}:{n}" for library, names in (("timm", timm_names), ("open_clip", clip_names)) for n in names if n == name
+    ]

@@ -1,0 +1,96 @@
+"""What img2vid needs to know about an image tower, whatever library it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Preprocess:
+    """How pixels must look: mean and std of RGB in 0..1, and the interpolation used in resizing."""
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    interpolation: str = "bicubic"
+
+
+@dataclass
+class ImageTower:
+    """A module that turns images (B, 3, H, W) into features, and where its parts are.
+
+    Args:
+        module: the tower; its own forward is what runs.
+        blocks: attribute path and module of each transformer block, in order.
+        num_prefix_tokens: class, distillation and register tokens P at the front of the sequence *inside the blocks*.
+        patch_conv: the patch projection, where it is one plain strided convolution.
+        image_size, patch_size: pixels (height, width).
+        any_size: whether forward takes images of other sizes than ``image_size``.
+        position: how places are told apart, for people to read.
+    """
+
+    module: nn.Module
+    blocks: list[tuple[str, nn.Module]]
+    num_prefix_tokens: int
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    any_size: bool
+    position: str
+    patch_conv: nn.Conv2d | None = None
+    preprocess: Preprocess = field(default_factory=Preprocess)
+
+
+@dataclass
+class Backbone:
+    """A loaded image model: the whole of it (two towers where there is text), and its image tower.
+
+    Args:
+        model: the library's own module: a timm model, or an open_clip CLIP, CustomTextCLIP or CoCa.
+        tower: its image tower.
+        name: canonical name, None where the module was passed in by hand.
+        arguments: keyword arguments it was built with beyond its name.
+        pretrained: where its weights come from, None for random ones.
+        dropped: keys of the pretrained weights that were left out on purpose.
+    """
+
+    model: nn.Module
+    tower: ImageTower
+    name: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    pretrained: str | None = None
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def has_text(self) -> bool:
+        return hasattr(self.model, "encode_text")
+
+
+def structural_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer with the original: no weight is duplicated."""
+    import copy
+
+    memo = {} if memo is None else memo
+    for tensor in [*module.parameters(), *module.buffers()]:
+        memo.setdefault(id(tensor), tensor)
+    return copy.deepcopy(module, memo)
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of the module with shapes but no numbers, for counting and probing."""
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        twin = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+    return structural_copy(module, memo)
+
+
+def output_dim(tower: ImageTower) -> int:
+    """Length of the tower's feature vector, probed with one image on the meta device."""
+    module = on_meta(tower.module).eval()
+    with torch.no_grad():
+        features = module(torch.zeros(1, 3, *tower.image_size, device="meta"))
+    features = features[0] if isinstance(features, tuple) else features
+    return features.shape[-1]

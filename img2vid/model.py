@@ -1,0 +1,290 @@
+"""READ FIRST. A video model is an image model with frames folded into its batch, and blocks that also see time.
+
+    clips (B, T, C, H, W) -> frames (B*T, C, H, W) -> image model -> features (B*T, D) -> (B, T, D) -> mean over T
+
+The image model's own forward does the work, so everything it can do (position embeddings at other sizes, rotary codes,
+LayerScale, pooling of any kind, ...) keeps working. What is new sits inside its blocks (``img2vid.temporal.block``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from img2vid.backbones import describe
+from img2vid.backbones.dropping import drop_once_per_clip
+from img2vid.backbones.tower import ImageTower, output_dim
+from img2vid.config import ConfigError, VideoConfig
+from img2vid.errors import Img2VidError
+from img2vid.overlay import Overlay
+from img2vid.surgery import insert_time, num_shared_tokens
+from img2vid.temporal.checkpointing import CheckpointedBlock
+from img2vid.temporal.clip import ClipContext
+from img2vid.temporal.embeddings import resample_time_embed
+from img2vid.temporal.encoder import TemporalEncoder
+from img2vid.temporal.gates import zero_linear
+from img2vid.temporal.infront import put_in_front, take_from_front
+from img2vid.weights import LoadReport, load_weights
+
+# keys that a video model has beyond its image model, all below the image tower
+COPIED_KEYS = r"(.*\.)?temporal_(norm1|attn)\..*"
+NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_weight|classifier\..*)"
+# of the new ones, those that start at zero and keep the function while they stay there
+ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight)"
+
+
+class VideoModel(Overlay):
+    """An image tower that takes clips.
+
+    Args:
+        image_model: a timm model, or the ``visual`` tower of an open_clip model. It is changed in place and shares its
+            parameters, under their own names, with the video model laid over it.
+        config: what to insert.
+
+    Raises:
+        BackboneError: the tower is not supported.
+        ConfigError: it cannot do what ``config`` asks for.
+    """
+
+    def __init__(self, image_model: nn.Module, config: VideoConfig) -> None:
+        super().__init__(image_model)
+        self.config = config
+        self.tower: ImageTower = describe(image_model)
+        self.clip = ClipContext()
+        some_weight = next(image_model.parameters())
+        on_device = {"device": some_weight.device, "dtype": some_weight.dtype}
+
+        drop_once_per_clip(image_model, self.clip)
+        entrance = insert_time(self.tower, config, self.clip)
+        if entrance is not None and config.has_time_embed:
+            self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, entrance.dim, **on_device))
+            entrance.block.register_forward_pre_hook(self.enter_time)
+        if config.attention == "factorised_encoder":
+            dim = output_dim(self.tower)
+            self.temporal_encoder = TemporalEncoder(dim, config.encoder_layers).to(**on_device)
+            if config.has_time_embed:
+                self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, dim, **on_device))
+        if config.num_classes is not None:
+            self.classifier = zero_linear(output_dim(self.tower), config.num_classes, **on_device)
+        self.train(image_model.training)
+
+    # ---- forward, from clips to features
+
+    def forward(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Clips (B, T, C, H, W), normalised like the backbone's images -> features (B, D), or logits (B, num_classes).
+
+        A tower that returns several tensors for an image (CoCa: pooled, tokens) returns each of them for the clip.
+        """
+        features = self.clip_features(clips)
+        return features if self.config.num_classes is None else self.classifier(first(features))
+
+    def clip_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Clips (B, T, C, H, W) -> (B, D): the mean over frames, before any classifier of ours."""
+        return over(lambda x: x.mean(dim=1), self.frame_features(clips))
+
+    def frame_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Clips (B, T, C, H, W) -> one feature per frame, or per tubelet (B, T, D), already informed by all frames."""
+        self.check(clips)
+        steps = self.tubelets(clips)  # (B, T, C, H, W); T counts tubelets from here on
+        num_clips, num_steps = steps.shape[:2]
+        with self.clip.of(num_steps):
+            features = self.base(steps.flatten(0, 1))  # (B*T, D)
+        features = over(lambda x: x.unflatten(0, (num_clips, num_steps)), features)
+        if self.config.attention == "factorised_encoder":
+            features = self.encode_time(features)
+        return features
+
+    def encode_time(self, features: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """The factorised encoder: frame features (B, T, D) -> (B, T, D) that know of each other."""
+        x = first(features)
+        if self.config.has_time_embed:
+            x = x + self.time_at(x.shape[1]).to(x.dtype)
+        x = self.temporal_encoder(x)
+        return (x, *features[1:]) if isinstance(features, tuple) else x
+
+    def tubelets(self, clips: Tensor) -> Tensor:
+        """Group K frames: (B, T, C, H, W) -> (B, T/K, K*C, H, W)."""
+        size = self.config.tubelet_size
+        return clips if size == 1 else clips.unflatten(1, (-1, size)).flatten(2, 3)
+
+    def enter_time(self, block: nn.Module, args: tuple) -> tuple:
+        """Forward pre-hook of the first block that sees time: add ``time_embed`` to its tokens (B*T, P + N, D)."""
+        x, *rest = args
+        num_steps = self.clip.num_frames
+        time = self.time_at(num_steps).squeeze(0).repeat(x.shape[0] // num_steps, 1)  # (B*T, D)
+        time = time.unsqueeze(1).expand_as(x)
+        num_shared = num_shared_tokens(self.tower, self.config)
+        if num_shared:  # a token of the whole clip is at no time in particular
+            time = torch.cat([torch.zeros_like(time[:, :num_shared]), time[:, num_shared:]], dim=1)
+        return (x + time.to(x.dtype), *rest)
+
+    def time_at(self, num_steps: int) -> Tensor:
+        """Time embedding (1, T, D) for any T."""
+        return resample_time_embed(self.time_embed, num_steps, self.config.time_embed_resample)
+
+    def check(self, clips: Tensor) -> None:
+        """Say what is wrong with a clip before a library does in its own terms."""
+        if clips.ndim != 5:
+            raise ClipError(
+                f"Clips of shape {tuple(clips.shape)} were given, expected (B, T, C, H, W)."
+                + (" Add the batch: clip[None]." if clips.ndim == 4 else "")
+            )
+        if not clips.is_floating_point():
+            raise ClipError(f"Clips of dtype {clips.dtype} were given; normalise pixels first: model.normalize(clips).")
+        num_clips, num_frames, channels, *size = clips.shape
+        if channels != 3 and num_frames == 3:
+            raise ClipError(f"Clips of shape {tuple(clips.shape)} look like (B, C, T, H, W); expected (B, T, C, H, W).")
+        if num_clips == 0 or num_frames == 0:
+            raise ClipError(f"Clips of shape {tuple(clips.shape)} hold no frames; a clip has at least one (T >= 1).")
+        if num_frames % self.config.tubelet_size:
+            raise ClipError(
+                f"{num_frames} frames cannot be cut into tubelets of {self.config.tubelet_size}; give a multiple."
+            )
+        native, patch = self.tower.image_size, self.tower.patch_size
+        if not self.tower.any_size and tuple(size) != native:
+            raise ClipError(
+                f"Frames of {size[0]} x {size[1]} pixels were given, but this backbone's positions are fixed to "
+                f"{native[0]} x {native[1]}. Resize the clip, or convert with image_size=({size[0]}, {size[1]})."
+            )
+        if size[0] % patch[0] or size[1] % patch[1]:
+            raise ClipError(
+                f"Frames of {size[0]} x {size[1]} pixels cannot be cut into patches of {patch[0]} x {patch[1]}; "
+                f"use multiples, such as {native[0]} x {native[1]}."
+            )
+
+    def normalize(self, clips: Tensor) -> Tensor:
+        """Pixels 0..255 (..., 3, H, W), as read from a video, to what the backbone was trained on."""
+        shape = (3, 1, 1)
+        mean = torch.tensor(self.tower.preprocess.mean, device=clips.device).view(shape)
+        std = torch.tensor(self.tower.preprocess.std, device=clips.device).view(shape)
+        return (clips.float() / 255.0 - mean) / std
+
+    # ---- what is new in it
+
+    def origin(self, name: str) -> str:
+        """Where a parameter comes from: ``pretrained`` (the image model), ``copied`` from it, or ``new``."""
+        if re.fullmatch(NEW_KEYS, name):
+            return "new"
+        if re.fullmatch(COPIED_KEYS, name):
+            return "copied" if self.config.temporal_init == "copy" else "new"
+        return "pretrained"
+
+    def zero_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that start at zero and keep the image model's function while they are: gates and time_embed."""
+        zero = {name: p for name, p in self.named_parameters() if re.fullmatch(ZERO_KEYS, name)}
+        if self.config.tubelet_init == "average":  # starts as copies of the image weights instead
+            zero = {name: p for name, p in zero.items() if not name.endswith("tubelet_weight")}
+        return zero
+
+    @contextmanager
+    def gates_closed(self) -> Iterator[None]:
+        """Inside, every zero-initialised parameter is zero again; afterwards all have their values back."""
+        parameters = self.zero_parameters().values()
+        values = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.zero_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, values, strict=True):
+                    parameter.copy_(value)
+
+    def load_image_weights(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Load an image checkpoint: its keys fit as they are, and exactly the keys about time may be missing."""
+        return load_weights(self, state, allow_new=[NEW_KEYS, COPIED_KEYS], source="the image checkpoint")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input during training and run the block, temporal branch included, twice."""
+        for _, block in self.tower.blocks:
+            is_on = isinstance(block, CheckpointedBlock)
+            if enable and not is_on:
+                put_in_front(block, CheckpointedBlock)
+                block.clip = self.clip
+            elif is_on and not enable:
+                take_from_front(block)
+
+
+class VideoTextModel(Overlay):
+    """A two-tower image-text model whose image tower takes clips; the text tower is untouched.
+
+    Args:
+        image_text_model: an open_clip CLIP, CustomTextCLIP or CoCa; changed in place.
+        config: what to insert in the image tower.
+    """
+
+    def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
+        super().__init__(image_text_model)
+        if config.num_classes is not None:
+            raise ConfigError(
+                "num_classes was given for a video-text model, which classifies by text. Convert its image tower alone "
+                "for a linear classifier: img2vid.convert(open_clip_model.visual, num_classes=...)."
+            )
+        self.config = config
+        image_text_model.visual = VideoModel(image_text_model.visual, config)
+
+    def encode_video(self, clips: Tensor, normalize: bool = False) -> Tensor:
+        """Clips (B, T, C, H, W) -> features (B, D) in the space of the text features."""
+        features = first(self.visual(clips))
+        return nn.functional.normalize(features, dim=-1) if normalize else features
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Images (B, C, H, W) -> features (B, D); an image is a clip of one frame."""
+        return self.encode_video(images.unsqueeze(1), normalize)
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids (B, L) -> features (B, D), by the untouched text tower."""
+        return self.base.encode_text(text, normalize=normalize)
+
+    def forward(self, clips: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
+        """Normalised features of both, and the learned temperature: what a contrastive loss needs."""
+        out: dict[str, Tensor] = {"logit_scale": self.logit_scale.exp()}
+        if getattr(self, "logit_bias", None) is not None:
+            out["logit_bias"] = self.logit_bias
+        if clips is not None:
+            out["video_features"] = self.encode_video(clips, normalize=True)
+        if text is not None:
+            out["text_features"] = self.encode_text(text, normalize=True)
+        return out
+
+    def tokenize(self, texts: str | list[str]) -> Tensor:
+        """Texts to token ids (B, L), with the tokenizer the text tower was trained with."""
+        from img2vid.backbones.tokenizers import tokenizer_for
+
+        return tokenizer_for(self.config.backbone)([texts] if isinstance(texts, str) else texts)
+
+    def normalize(self, clips: Tensor) -> Tensor:
+        return self.visual.normalize(clips)
+
+    def origin(self, name: str) -> str:
+        return self.visual.origin(name)
+
+    def load_image_weights(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Load an image-text checkpoint; exactly the keys about time may be missing."""
+        return load_weights(self, state, allow_new=[NEW_KEYS, COPIED_KEYS], source="the image-text checkpoint")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.visual.set_grad_checkpointing(enable)
+        text = getattr(self.base, "text", None)
+        if text is not None:
+            text.set_grad_checkpointing(enable)
+        else:
+            self.base.transformer.grad_checkpointing = enable
+
+
+class ClipError(Img2VidError):
+    """A clip of a shape or type the model cannot take."""
+
+
+def first(features: Any) -> Tensor:
+    return features[0] if isinstance(features, tuple) else features
+
+
+def over(fn: Callable[[Tensor], Tensor], features: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    return tuple(map(fn, features)) if isinstance(features, tuple) else fn(features)

@@ -1,0 +1,103 @@
+"""Carry out a ``VideoConfig`` on an image tower: which block gets what, and what cannot be combined."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from img2vid.backbones.dropping import drop_path_rate
+from img2vid.backbones.reading import block_kind, child, read_block, residual_modules
+from img2vid.backbones.tower import ImageTower
+from img2vid.config import ConfigError, VideoConfig
+from img2vid.temporal.clip import ClipContext
+from img2vid.temporal.embeddings import inflate_to_tubelets
+from img2vid.temporal.insertion import insert_temporal_attention
+from img2vid.temporal.joint import make_joint
+from img2vid.temporal.prefix import AttendToAllFrames, AveragePrefix
+
+
+class Entrance(NamedTuple):
+    """The first block that sees time, where ``time_embed`` of width ``dim`` is added to its tokens."""
+
+    block: nn.Module
+    dim: int
+
+
+def insert_time(tower: ImageTower, config: VideoConfig, clip: ClipContext) -> Entrance | None:
+    """Change ``tower`` in place; None where no block sees time.
+
+    Raises:
+        ConfigError: the tower cannot do what ``config`` asks for; nothing has been changed then.
+    """
+    refuse_impossible(tower, config)
+    blocks = [block for _, block in tower.blocks]
+    if config.tubelet_size > 1:
+        inflate_to_tubelets(tower.patch_conv, config.tubelet_size, config.tubelet_init)
+    if config.attention == "joint_space_time":
+        for block in blocks:
+            make_joint(block, clip, num_shared_tokens(tower, config))
+        return Entrance(blocks[0], read_block(blocks[0]).dim)
+    if config.attention != "divided_space_time":
+        return None
+    layers = config.layers(len(blocks))
+    for i in layers:
+        insert_temporal_attention(
+            blocks[i],
+            read_block(blocks[i]),
+            clip,
+            init=config.temporal_init,
+            gate=config.gate,
+            num_shared_tokens=num_shared_tokens(tower, config),
+            drop_path=drop_path_rate(blocks[i]),
+        )
+    share_prefix_tokens(tower, config, clip)
+    return Entrance(blocks[layers[0]], read_block(blocks[layers[0]]).dim)
+
+
+def num_shared_tokens(tower: ImageTower, config: VideoConfig) -> int:
+    return 0 if config.prefix_mode == "per_frame" else tower.num_prefix_tokens
+
+
+def share_prefix_tokens(tower: ImageTower, config: VideoConfig, clip: ClipContext) -> None:
+    """Keep the prefix tokens of all frames of a clip equal, in every block, whether or not it attends along time."""
+    num_shared = num_shared_tokens(tower, config)
+    if not num_shared:
+        return
+    for _, block in tower.blocks:
+        if config.prefix_mode == "global":
+            attention = child(block, block_kind(block).attn)
+            attention.register_forward_hook(AttendToAllFrames(clip, num_shared, block, read_block))
+        else:
+            for module in residual_modules(block):
+                module.register_forward_hook(AveragePrefix(clip, num_shared))
+
+
+def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
+    block = tower.blocks[0][1]
+    kind = block_kind(block)
+    name, is_rotary = type(block).__name__, "rotary" in tower.position
+    if config.tubelet_size > 1 and tower.patch_conv is None:
+        raise ConfigError(
+            f"tubelet_size={config.tubelet_size}, but this backbone's patches do not come from one plain convolution, "
+            "which is what can be inflated to several frames. Use tubelet_size=1."
+        )
+    if config.prefix_mode == "global" and (is_rotary or not kind.attn or read_block(block).left_behind):
+        raise ConfigError(
+            f"prefix_mode='global' needs to recompute attention over all frames and supports plain attention only, not "
+            f"the {tower.position} positions and attention of {name}. Use per_frame or shared."
+        )
+    if config.attention == "joint_space_time":
+        if kind.relative:
+            raise ConfigError(
+                f"joint_space_time cannot stretch the relative position bias of {name} over several frames. "
+                "Use divided_space_time."
+            )
+        if "per block" in tower.position:
+            raise ConfigError("joint_space_time does not support rotary codes learned per block. Use divided_space_time.")
+        if is_rotary and tower.num_prefix_tokens and config.prefix_mode == "per_frame":
+            raise ConfigError(
+                "joint_space_time with rotary positions expects prefix tokens at the front of the sequence only. "
+                "Use prefix_mode='shared'."
+            )
+    config.layers(len(tower.blocks))

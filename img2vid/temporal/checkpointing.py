@@ -1,0 +1,31 @@
+"""Activation checkpointing of whole blocks, the temporal branch included."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from img2vid.temporal.clip import ClipContext
+from img2vid.temporal.infront import InFront
+
+
+class CheckpointedBlock(InFront):
+    """Keeps a block's input only and runs the block once more during backward.
+
+    The image libraries' own checkpointing would rerun blocks when the video model's forward is over and T is no longer
+    known; here T is remembered with the input.
+    """
+
+    title = "Checkpointed"
+    clip: ClipContext
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        block, num_frames = super().forward, self.clip.num_frames
+
+        def run(x: Tensor, *args, **kwargs) -> Tensor:
+            with self.clip.of(num_frames):
+                return block(x, *args, **kwargs)
+
+        if not self.training:
+            return run(x, *args, **kwargs)
+        return checkpoint(run, x, *args, use_reentrant=False, **kwargs)

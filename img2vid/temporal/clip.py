@@ -1,0 +1,35 @@
+"""The one number that folding time into the batch loses: how many frames a clip has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class ClipContext:
+    """Tells every part inside an image model how many frames T the clips now in flight have.
+
+    The image model sees a batch of B*T images and cannot know T. Guessing it from the batch size would be silently
+    wrong whenever a wrong T divides B*T, so the video model states it and everything else reads it here. Outside a
+    video model's forward there is no T, and asking for it is an error rather than a default.
+    """
+
+    def __init__(self) -> None:
+        self._num_frames: int | None = None
+
+    @contextmanager
+    def of(self, num_frames: int) -> Iterator[None]:
+        before, self._num_frames = self._num_frames, num_frames
+        try:
+            yield
+        finally:
+            self._num_frames = before
+
+    @property
+    def num_frames(self) -> int:
+        if self._num_frames is None:
+            raise RuntimeError(
+                "This image model has become part of a video model and was called on its own, so it does not know how "
+                "many frames make a clip. Call the VideoModel with clips (B, T, C, H, W); one image is a clip of T = 1."
+            )
+        return self._num_frames

@@ -1,0 +1,39 @@
+"""Joint space-time attention: the untouched image block runs on the tokens of all frames at once.
+
+No weight is new. With T = 1 it is the image block; beyond that every token sees T times as many keys, so the function
+is kept only where that changes nothing: static clips whose frames each carry their own prefix tokens. The step costs
+quadratically in T. (TimeSformer's ``joint_space_time``, arXiv:2102.05095; ViViT's model 1, arXiv:2103.15691.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from img2vid.temporal.clip import ClipContext
+from img2vid.temporal.infront import InFront, put_in_front
+
+
+class JointBlock(InFront):
+    title = "Joint"
+    clip: ClipContext
+    num_shared_tokens: int  # P where one prefix serves the clip, 0 where each frame keeps its own
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # (B*T, P + N, D)
+        num_frames, num_shared = self.clip.num_frames, self.num_shared_tokens
+        frames = x.unflatten(0, (-1, num_frames))  # (B, T, P + N, D)
+        shared, own = frames[:, 0, :num_shared], frames[:, :, num_shared:]
+        tokens = torch.cat([shared, own.flatten(1, 2)], dim=1)
+        if kwargs.get("rope") is not None:  # (N, ...) angles of one frame, wanted for N patches of every frame
+            kwargs["rope"] = kwargs["rope"].repeat(num_frames, 1)
+        with self.clip.of(1):  # inside, a clip is one sequence: one row of the batch
+            tokens = super().forward(tokens, *args, **kwargs)
+        shared = tokens[:, None, :num_shared].expand(-1, num_frames, -1, -1)
+        own = tokens[:, num_shared:].unflatten(1, (num_frames, -1))
+        return torch.cat([shared, own], dim=2).flatten(0, 1)
+
+
+def make_joint(block: nn.Module, clip: ClipContext, num_shared_tokens: int) -> None:
+    """Turn an image block into a joint space-time block, in place."""
+    put_in_front(block, JointBlock)
+    block.clip, block.num_shared_tokens = clip, num_shared_tokens
