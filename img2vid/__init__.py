@@ -1,0 +1,57 @@
+"""img2vid: pretrained image transformers become video transformers, the same function at step 0, and then learn time.
+
+Importing this package is cheap: torch, timm and everything else is imported when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from img2vid._version import __version__
+
+if TYPE_CHECKING:
+    from img2vid.backbones import load_backbone
+    from img2vid.certificate import Certificate, certify
+    from img2vid.checkpoints.native import load
+    from img2vid.config import VideoConfig
+    from img2vid.convert import convert
+    from img2vid.errors import Img2VidError
+    from img2vid.model import VideoModel, VideoTextModel
+
+PUBLIC = {
+    "Certificate": "img2vid.certificate",
+    "Img2VidError": "img2vid.errors",
+    "VideoConfig": "img2vid.config",
+    "VideoModel": "img2vid.model",
+    "VideoTextModel": "img2vid.model",
+    "certify": "img2vid.certificate",
+    "convert": "img2vid.convert",
+    "load": "img2vid.checkpoints.native",
+    "load_backbone": "img2vid.backbones",
+}
+
+__all__ = [
+    "Certificate",
+    "Img2VidError",
+    "VideoConfig",
+    "VideoModel",
+    "VideoTextModel",
+    "__version__",
+    "certify",
+    "convert",
+    "load",
+    "load_backbone",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'img2vid' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(PUBLIC[name]), name)
+    globals()[name] = value  # after the import, which binds the submodule `convert` to the same name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -388,3 +388,29 @@ def temporal_layers(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], li
             gates = [*block.attn_fc.parameters(), *block.fc2.parameters()]
             layers[f"temporal_encoder.blocks.{i}"] = (gates, list(block.attn.parameters()))
     return layers
+
+
+def certify_folder(folder: str, num_frames: Sequence[int] | None = None) -> Certificate:
+    """Certify a saved model against its backbone, built afresh by its own library.
+
+    The reference gets the image weights that the folder holds, so the proof is about the function: that the video
+    model with closed gates computes what the image library computes from these weights.
+
+    Raises:
+        WeightsError: not a folder of ours, or one whose backbone has no name to build it from.
+    """
+
+    from img2vid.backbones import load_backbone
+    from img2vid.checkpoints.native import load
+    from img2vid.weights import load_weights
+
+    model = load(folder)
+    config = model.config
+    backbone = load_backbone(
+        config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
+    )
+    image = backbone.model if isinstance(model, VideoTextModel) else backbone.tower.module
+    image.to(next(model.parameters()).dtype)
+    own = model.state_dict()
+    load_weights(image, {key: tensor for key, tensor in own.items() if model.origin(key) == "pretrained"})
+    return certify(model, image, num_frames=num_frames)

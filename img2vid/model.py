@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from img2vid.backbones import describe
 from img2vid.backbones.dropping import drop_once_per_clip
-from img2vid.backbones.tower import ImageTower, output_dim
-from img2vid.config import ConfigError, VideoConfig
-from img2vid.errors import Img2VidError
+from img2vid.backbones.tower import Backbone, ImageTower, output_dim
+from img2vid.checkpoints.saving import Saving
+from img2vid.config import VideoConfig
+from img2vid.errors import BackboneError, Img2VidError
 from img2vid.overlay import Overlay
 from img2vid.surgery import insert_time, num_shared_tokens
 from img2vid.temporal.checkpointing import CheckpointedBlock
@@ -28,7 +29,7 @@ from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import resample_time_embed
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.gates import zero_linear
-from img2vid.temporal.infront import put_in_front, take_from_front
+from img2vid.temporal.infront import InFront, put_in_front, take_from_front
 from img2vid.weights import LoadReport, load_weights
 
 # keys that a video model has beyond its image model, all below the image tower
@@ -38,7 +39,7 @@ NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_wei
 ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight)"
 
 
-class VideoModel(Overlay):
+class VideoModel(Overlay, Saving):
     """An image tower that takes clips.
 
     Args:
@@ -56,6 +57,10 @@ class VideoModel(Overlay):
         self.config = config
         self.tower: ImageTower = describe(image_model)
         self.clip = ClipContext()
+        if any(isinstance(block, InFront) for _, block in self.tower.blocks):
+            raise BackboneError(
+                f"This {type(image_model).__name__} already is part of a video model. Convert a freshly built one."
+            )
         some_weight = next(image_model.parameters())
         on_device = {"device": some_weight.device, "dtype": some_weight.dtype}
 
@@ -211,7 +216,7 @@ class VideoModel(Overlay):
                 take_from_front(block)
 
 
-class VideoTextModel(Overlay):
+class VideoTextModel(Overlay, Saving):
     """A two-tower image-text model whose image tower takes clips; the text tower is untouched.
 
     Args:
@@ -221,11 +226,6 @@ class VideoTextModel(Overlay):
 
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(image_text_model)
-        if config.num_classes is not None:
-            raise ConfigError(
-                "num_classes was given for a video-text model, which classifies by text. Convert its image tower alone "
-                "for a linear classifier: img2vid.convert(open_clip_model.visual, num_classes=...)."
-            )
         self.config = config
         image_text_model.visual = VideoModel(image_text_model.visual, config)
 
@@ -276,6 +276,13 @@ class VideoTextModel(Overlay):
             text.set_grad_checkpointing(enable)
         else:
             self.base.transformer.grad_checkpointing = enable
+
+
+def build_model(backbone: Backbone, config: VideoConfig) -> VideoModel | VideoTextModel:
+    """The video model of a loaded backbone, in place: with text if it has a text tower and no classifier is wanted."""
+    if backbone.has_text and config.num_classes is None:
+        return VideoTextModel(backbone.model, config)
+    return VideoModel(backbone.tower.module, config)
 
 
 class ClipError(Img2VidError):

@@ -10,7 +10,14 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate, Comparison
+    from img2vid.inspection import Inspection
+    from img2vid.model import VideoModel, VideoTextModel
 
+ORIGINS = {
+    "pretrained": "the image model's, under their own names",
+    "copied": "temporal attention, from the image model's attention",
+    "new": "gates, time_embed, classifier",
+}
 LABELS = {"single": "one frame", "static": "static", "moving": "moving", "shuffled": "shuffled"}
 
 
@@ -74,3 +81,64 @@ def liveness_line(certificate: Certificate) -> str:
         f"attention at step 2: {min(attention):.2g} to {max(attention):.2g}"
     )
     return text if certificate.alive or certificate.expected_alive else text + " (expected: temporal_init=zeros)"
+
+
+def parameter_table(model: VideoModel | VideoTextModel) -> Table:
+    """Where the parameters come from."""
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        row = counts.setdefault(model.origin(name), [0, 0])
+        row[0] += 1
+        row[1] += parameter.numel()
+    total = sum(parameters for _, parameters in counts.values())
+    table = Table(title="Parameters", title_justify="left", title_style="bold")
+    for header, justify in (("origin", "left"), ("tensors", "right"), ("parameters", "right"), ("share", "right")):
+        table.add_column(header, justify=justify)
+    for origin, meaning in ORIGINS.items():
+        if origin in counts:
+            tensors, parameters = counts[origin]
+            table.add_row(f"{origin}: {meaning}", str(tensors), f"{parameters:,}", f"{parameters / total:.1%}")
+    table.add_row("total", str(sum(tensors for tensors, _ in counts.values())), f"{total:,}", "")
+    return table
+
+
+def print_aliases() -> None:
+    from img2vid.backbones.names import ALIASES
+
+    table = Table(title="Backbone aliases", title_justify="left", title_style="bold")
+    table.add_column("alias")
+    table.add_column("stands for")
+    for alias, name in ALIASES.items():
+        table.add_row(alias, "the model inside this package, no network needed" if alias == name else name)
+    console = Console()
+    console.print(table)
+    console.print("Also timm:NAME[.TAG] and open_clip:ARCH[/TAG]; docs/backbones.md lists every supported architecture.")
+
+
+def render_inspection(facts: Inspection) -> str:
+    return to_text(inspection_table(facts))
+
+
+def inspection_table(facts: Inspection) -> Group:
+    table = Table(title=facts.name, title_justify="left", title_style="bold", show_header=False)
+    size = f"{facts.image_size[0]} x {facts.image_size[1]} pixels" + (", any other size too" if facts.any_size else "")
+    total = sum(facts.parameters.values())
+    rows = {
+        "model": f"{facts.model_class} over {facts.tower_class}",
+        "images": f"{size}; patches {facts.patch_size[0]} x {facts.patch_size[1]}",
+        "positions": facts.position,
+        "blocks": f"{facts.depth} x {facts.block_class}, width {facts.width}",
+        "attention": f"{facts.attention_class}, {facts.num_heads} heads",
+        "not copied to time": ", ".join(facts.left_behind) or "nothing is left behind",
+        "prefix tokens": f"{facts.num_prefix_tokens} inside the blocks",
+        "feature": f"{facts.feature_dim} numbers",
+        "parameters": f"{total:,} (" + ", ".join(f"{n:,} {origin}" for origin, n in facts.parameters.items()) + ")",
+        f"FLOPs, {facts.num_frames} frames": f"{facts.flops_per_clip / 1e9:,.1f} G "
+        f"({facts.flops_per_clip / facts.flops_image_model:.2f} x the image model per frame)",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    promises = Table(title="Unchanged at step 0", title_justify="left", title_style="bold", show_header=False)
+    for mode, promise in facts.guarantees.items():
+        promises.add_row(mode, promise)
+    return Group(table, promises)

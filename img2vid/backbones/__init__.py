@@ -21,6 +21,7 @@ def load_backbone(
     random_weights: bool = False,
     image_size: tuple[int, int] | None = None,
     arguments: dict[str, Any] | None = None,
+    on_meta: bool = False,
 ) -> Backbone:
     """Load an image model by name.
 
@@ -30,6 +31,7 @@ def load_backbone(
         random_weights: build the architecture without loading any weights.
         image_size: pixels (height, width); None keeps the architecture's own.
         arguments: further keyword arguments of the library's factory, such as ``{"drop_path_rate": 0.1}``.
+        on_meta: build it without numbers, on torch's meta device, to count and to look; implies ``random_weights``.
 
     Raises:
         BackboneError: unknown or unsupported, or ``WeightsUnavailable`` where its weights cannot be had.
@@ -38,17 +40,25 @@ def load_backbone(
     if weights is not None and random_weights:
         raise BackboneError(f"Both weights={str(weights)!r} and random_weights were given; choose one.")
     parsed = parse_name(name)
-    options = {"weights": weights, "random_weights": random_weights, "image_size": image_size, "arguments": arguments}
+    options: dict[str, Any] = {
+        "weights": weights,
+        "random_weights": random_weights or on_meta,
+        "image_size": image_size,
+        "arguments": arguments,
+        "device": "meta" if on_meta else "cpu",
+    }
     if parsed.library == "timm":
         from img2vid.backbones.from_timm import load_timm
 
         return load_timm(parsed, **options)
-    if parsed.library == "nano_clip":
-        from img2vid.backbones.nano_clip import load_nano_clip_backbone
-
-        return load_nano_clip_backbone(**options)
     from img2vid.backbones.from_open_clip import load_open_clip
 
+    if parsed.library == "nano_clip":
+        from img2vid.backbones.nano_clip import WEIGHTS_PATH, register_nano_clip
+
+        register_nano_clip()
+        if weights is None and not options["random_weights"]:
+            options["weights"] = WEIGHTS_PATH
     return load_open_clip(parsed, **options)
 
 
@@ -63,20 +73,29 @@ def describe(tower: nn.Module) -> ImageTower:
     return describe_open_clip(tower)
 
 
-def wrap_module(model: nn.Module) -> Backbone:
+def wrap_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> Backbone:
     """A backbone from an already built timm or open_clip model, with the weights and the head it has.
+
+    Args:
+        image_size: pixels (height, width) to resize it to, in place.
 
     Raises:
         BackboneError: neither, or an architecture that is not supported.
     """
-    if hasattr(model, "visual") and hasattr(model, "encode_text"):
-        return Backbone(model, describe(model.visual), pretrained="the given module")
-    if comes_from(model, "timm.", "open_clip."):
-        return Backbone(model, describe(model), pretrained="the given module")
-    raise BackboneError(
-        f"A {type(model).__module__}.{type(model).__name__} was given. Expected a timm model, an open_clip model, or a "
-        "backbone's name (python -m img2vid.convert --list)."
-    )
+    tower = getattr(model, "visual", model)
+    if not comes_from(tower, "timm.", "open_clip."):
+        raise BackboneError(
+            f"A {type(model).__module__}.{type(model).__name__} was given. Expected a timm model, an open_clip model, or "
+            "a backbone's name (python -m img2vid.convert --list)."
+        )
+    if image_size is not None:
+        from img2vid.backbones import from_open_clip, from_timm
+
+        if comes_from(tower, "timm."):
+            from_timm.set_image_size(tower, image_size)
+        else:
+            from_open_clip.set_image_size(tower, describe(tower), image_size)
+    return Backbone(model, describe(tower), pretrained="the given module")
 
 
 def comes_from(module: nn.Module, *libraries: str) -> bool:

@@ -48,6 +48,7 @@ def load_open_clip(
     random_weights: bool = False,
     image_size: tuple[int, int] | None = None,
     arguments: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Backbone:
     """Build an open_clip model, both towers, and load its weights.
 
@@ -71,11 +72,12 @@ def load_open_clip(
     described = dict(arguments or {})
     arguments = {**tag_arguments(name), **described}
     describe_open_clip(vision_skeleton(name, arguments))  # refuse before downloading anything
-    with quiet_open_clip(), fetching(str(name)):
+    with quiet_open_clip(), fetching(str(name)), torch.device(device):
         model = open_clip.create_model(
             name.architecture,
             pretrained=None if random_weights or weights is not None else name.tag,
             pretrained_text=False,
+            device=device,
             **arguments,
         )
     source = None if random_weights else f"open_clip {name.architecture}/{name.tag}"

@@ -43,6 +43,7 @@ def load_timm(
     random_weights: bool = False,
     image_size: tuple[int, int] | None = None,
     arguments: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Backbone:
     """Build a timm model as a feature extractor (no classifier) and load its weights.
 
@@ -66,7 +67,8 @@ def load_timm(
             model = timm.create_model(full_name, pretrained=True, **arguments)
         source = f"timm {full_name}"
     else:
-        model = timm.create_model(full_name, pretrained=False, **arguments)
+        with torch.device(device):
+            model = timm.create_model(full_name, pretrained=False, **arguments)
         source = None
         if weights is not None:
             dropped = load_file(model, weights)

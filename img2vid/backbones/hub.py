@@ -23,7 +23,6 @@ def fetching(name: str) -> Iterator[None]:
     Raises:
         WeightsUnavailable: the weights of ``name`` could not be had.
     """
-    import httpx
     from huggingface_hub import constants
 
     logger = logging.getLogger("huggingface_hub")
@@ -33,7 +32,7 @@ def fetching(name: str) -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         yield
-    except (OSError, httpx.HTTPError) as error:
+    except OSError as error:  # all of huggingface_hub's and urllib's errors about fetching are OSErrors
         raise WeightsUnavailable(unavailable(name, error)) from error
     except RuntimeError as error:
         # open_clip reports failed downloads as RuntimeError; anything else is not about fetching

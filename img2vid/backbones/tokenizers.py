@@ -1,0 +1,37 @@
+"""The tokenizer that a text tower was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from torch import Tensor
+
+from img2vid.backbones.hub import fetching
+from img2vid.backbones.names import parse_name
+from img2vid.errors import BackboneError
+
+
+@cache
+def tokenizer_for(backbone: str | None) -> Callable[[list[str]], Tensor]:
+    """A callable from n texts to token ids (n, L).
+
+    Raises:
+        BackboneError: the model was made from a module without a name, or has no text tower.
+    """
+    if backbone is None:
+        raise BackboneError(
+            "This model was made from a module passed in by hand, so its tokenizer is not known. Use the one you built "
+            "the module with, such as open_clip.get_tokenizer(name), and pass token ids."
+        )
+    name = parse_name(backbone)
+    if name.library == "nano_clip":
+        from img2vid.backbones.nano_clip import nano_clip_tokenizer
+
+        return nano_clip_tokenizer()
+    if name.library != "open_clip":
+        raise BackboneError(f"{backbone} has no text tower, so there is nothing to tokenize for.")
+    import open_clip
+
+    with fetching(backbone):
+        return open_clip.get_tokenizer(name.architecture)

@@ -1,0 +1,1 @@
+"""Video models on disk: our own format (native.py), and one file for each foreign one."""

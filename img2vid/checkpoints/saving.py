@@ -1,0 +1,68 @@
+"""``save_pretrained``, ``from_pretrained`` and ``push_to_hub``, as users of the Hugging Face hub expect them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelHubMixin, snapshot_download
+
+from img2vid.backbones.hub import fetching
+from img2vid.errors import WeightsError
+
+if TYPE_CHECKING:
+    from img2vid.certificate import Certificate
+
+
+class Saving(ModelHubMixin, library_name="img2vid", tags=["video", "img2vid"]):
+    """Inherits ``push_to_hub``; what is saved and loaded is img2vid's own folder (see ``native``)."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        certificate: Certificate | None = None,
+        config: Any = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write ``model.safetensors``, ``config.json``, a model card, and the certificate where one is given.
+
+        Args:
+            save_directory: folder to write; files of an earlier model in it are replaced.
+            certificate: goes into ``certificate.json`` and the card.
+            repo_id, push_to_hub, push_to_hub_kwargs: also upload the folder, as in huggingface_hub.
+            config, model_card_kwargs: accepted for huggingface_hub's sake; both are the model's own.
+        """
+        from img2vid.checkpoints.native import save
+
+        folder = save(self, save_directory, certificate)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, image_model: Any = None, **download: Any
+    ) -> Saving:
+        """Load a folder written by ``save_pretrained``, or a repository of such a folder on the hub.
+
+        Args:
+            image_model: a freshly built image model, for a model that was made from a module without a name.
+            download: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only`` of the hub.
+
+        Raises:
+            WeightsError: not such a folder, another kind of model, or weights that do not fit.
+        """
+        from img2vid.checkpoints.native import load
+
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            with fetching(str(pretrained_model_name_or_path)):
+                folder = Path(snapshot_download(str(pretrained_model_name_or_path), **download))
+        model = load(folder, image_model=image_model)
+        if not isinstance(model, cls):
+            raise WeightsError(f"{folder} holds a {type(model).__name__}, not a {cls.__name__}. Use img2vid.load.")
+        return model

@@ -1,0 +1,142 @@
+"""``img2vid inspect``: what is inside a backbone or a saved video model, without loading weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from img2vid.backbones import load_backbone
+from img2vid.backbones.from_timm import image_class
+from img2vid.backbones.reading import block_kind, child, read_block
+from img2vid.certificate import Guarantee
+from img2vid.checkpoints.native import read_description
+from img2vid.config import VideoConfig
+from img2vid.errors import WeightsError
+from img2vid.model import VideoModel, VideoTextModel, build_model, first
+
+
+@dataclass
+class Inspection:
+    """Facts about a video model; ``parameters`` by origin, FLOPs of one clip at batch 1 (a multiply-add counts two)."""
+
+    name: str
+    model_class: str
+    tower_class: str
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    any_size: bool
+    position: str
+    num_prefix_tokens: int
+    depth: int
+    block_class: str
+    attention_class: str
+    num_heads: int
+    width: int
+    feature_dim: int
+    left_behind: tuple[str, ...]
+    parameters: dict[str, int]
+    num_frames: int
+    flops_per_clip: int
+    flops_image_model: int
+    guarantees: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        from img2vid.reporting import render_inspection
+
+        return render_inspection(self)
+
+
+def inspect(source: str | Path, **settings: Any) -> Inspection:
+    """Look inside a backbone (by name) or a saved model (by folder). Nothing is downloaded and no weights are read.
+
+    Args:
+        settings: fields of ``VideoConfig`` to inspect a backbone with, such as ``num_frames=16``.
+
+    Raises:
+        Img2VidError: neither a folder of ours nor a supported backbone.
+    """
+    if Path(source).is_dir():
+        config = VideoConfig.from_dict(read_description(Path(source))["video"])
+        if config.backbone is None:
+            raise WeightsError(f"{source} was made from a module passed in by hand; there is no name to look up.")
+    else:
+        config = VideoConfig.from_dict({**settings, "backbone": str(source)})
+    backbone = load_backbone(
+        config.backbone, image_size=config.image_size, arguments=config.backbone_args, on_meta=True
+    )
+    image_flops = count_flops(backbone.tower.module, config.num_steps, backbone.tower.image_size)
+    return examine(build_model(backbone, config), str(source), image_flops)
+
+
+def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> Inspection:
+    """The facts of a video model on the meta device."""
+    video = model.visual if isinstance(model, VideoTextModel) else model
+    tower, config = video.tower, video.config
+    block = tower.blocks[0][1]
+    spatial, attention = read_block(block), child(block, block_kind(block).attn)
+    flops, feature_dim = count_clip_flops(video)
+    parameters: dict[str, int] = {}
+    for parameter_name, parameter in model.named_parameters():
+        origin = model.origin(parameter_name)
+        parameters[origin] = parameters.get(origin, 0) + parameter.numel()
+    return Inspection(
+        name=name,
+        model_class=type(model).__name__,
+        tower_class=type(video.base).__name__,
+        image_size=tower.image_size,
+        patch_size=tower.patch_size,
+        any_size=tower.any_size,
+        position=tower.position,
+        num_prefix_tokens=tower.num_prefix_tokens,
+        depth=len(tower.blocks),
+        block_class=image_class(block).__name__,
+        attention_class="inside the block" if attention is block else type(attention).__name__,
+        num_heads=spatial.num_heads,
+        width=spatial.dim,
+        feature_dim=feature_dim,
+        left_behind=spatial.left_behind + (("rotary position code",) if "rotary" in tower.position else ()),
+        parameters=parameters,
+        num_frames=config.num_frames,
+        flops_per_clip=flops,
+        flops_image_model=image_flops,
+        guarantees={
+            f"{attention} / {prefix}": Guarantee.of(
+                VideoConfig(attention=attention, prefix_mode=prefix), tower.num_prefix_tokens
+            ).summary
+            for attention, prefix in GUARANTEED
+        },
+    )
+
+
+GUARANTEED = (
+    ("divided_space_time", "per_frame"),
+    ("divided_space_time", "shared"),
+    ("divided_space_time", "global"),
+    ("joint_space_time", "per_frame"),
+    ("joint_space_time", "shared"),
+    ("factorised_encoder", "per_frame"),
+    ("space_only", "per_frame"),
+)
+
+
+def count_flops(image_model: nn.Module, num_images: int, image_size: tuple[int, int]) -> int:
+    """FLOPs of an image model on so many images, by torch's counter (matrix products and convolutions)."""
+    with FlopCounterMode(display=False) as counter:
+        image_model.eval()(torch.zeros(num_images, 3, *image_size, device="meta"))
+    return counter.get_total_flops()
+
+
+def count_clip_flops(video: VideoModel) -> tuple[int, int]:
+    """FLOPs of one clip, and the length of its feature."""
+    clip = torch.zeros(1, video.config.num_frames, 3, *video.tower.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        feature = first(video.eval().clip_features(clip))
+    return counter.get_total_flops(), feature.shape[-1]
