@@ -340,26 +340,32 @@ def measure_liveness(video: VideoModel, generator: torch.Generator, step_size: f
     if not measured:
         return []
     clips = make_clips(video, "moving", 2, generator)
-    steps: list[dict[int, float]] = []
+    steps: list[dict[nn.Parameter, float]] = []
     objective = None
     with only_requiring_grad(video, measured), video.gates_closed():
         for _ in range(2):
             features = first(video.clip_features(clips))
             if objective is None:
                 objective = torch.randn(features.shape, generator=generator).to(features.device, features.dtype)
-            grads = torch.autograd.grad((features * objective).sum(), measured, allow_unused=True)
-            norms = [0.0 if grad is None else float(grad.double().norm()) for grad in grads]
-            steps.append({id(p): n for p, n in zip(measured, norms, strict=True)})
+            grads = gradients((features * objective).sum(), measured)
+            steps.append({p: float(grad.double().norm()) for p, grad in grads.items()})
             with torch.no_grad():
                 for gate in (p for gate, _ in layers.values() for p in gate):
-                    grad = grads[next(i for i, p in enumerate(measured) if p is gate)]
-                    gate -= step_size * grad / grad.norm().clamp_min(1e-12)
+                    gate -= step_size * grads[gate] / grads[gate].norm().clamp_min(1e-12)
 
     def both(parameters: list[nn.Parameter]) -> tuple[float, float]:
-        first_step, second_step = (sum(step[id(p)] ** 2 for p in parameters) ** 0.5 for step in steps)
+        first_step, second_step = (sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps)
         return first_step, second_step
 
     return [Liveness(name, both(gate) if gate else None, both(attn)) for name, (gate, attn) in layers.items()]
+
+
+def gradients(objective: Tensor, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Gradients by parameter, zeros where the objective does not depend on one."""
+    if not objective.requires_grad:
+        return {p: torch.zeros_like(p) for p in parameters}
+    grads = torch.autograd.grad(objective, parameters, allow_unused=True)
+    return {p: torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, grads, strict=True)}
 
 
 @contextmanager

@@ -122,7 +122,11 @@ class VideoConfig:
             rule, number = layers.split(":")
             if int(number) > depth:
                 raise ConfigError(f"temporal_layers={layers!r}, but the backbone has {depth} blocks.")
-            return list(range(depth))[int(number) - 1 :: int(number)] if rule == "every" else list(range(depth))[-int(number) :]
+            return (
+                list(range(depth))[int(number) - 1 :: int(number)]
+                if rule == "every"
+                else list(range(depth))[-int(number) :]
+            )
         if not layers or not all(0 <= i < depth for i in layers):
             raise ConfigError(f"temporal_layers={list(layers)}: expected block numbers from 0 to {depth - 1}.")
         return sorted(set(layers))

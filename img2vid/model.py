@@ -64,18 +64,20 @@ class VideoModel(Overlay, Saving):
         some_weight = next(image_model.parameters())
         on_device = {"device": some_weight.device, "dtype": some_weight.dtype}
 
+        needs_dim = config.attention == "factorised_encoder" or config.num_classes is not None
+        dim = output_dim(self.tower) if needs_dim else 0  # asked while it still is an image model
+
         drop_once_per_clip(image_model, self.clip)
         entrance = insert_time(self.tower, config, self.clip)
         if entrance is not None and config.has_time_embed:
             self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, entrance.dim, **on_device))
             entrance.block.register_forward_pre_hook(self.enter_time)
         if config.attention == "factorised_encoder":
-            dim = output_dim(self.tower)
             self.temporal_encoder = TemporalEncoder(dim, config.encoder_layers).to(**on_device)
             if config.has_time_embed:
                 self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, dim, **on_device))
         if config.num_classes is not None:
-            self.classifier = zero_linear(output_dim(self.tower), config.num_classes, **on_device)
+            self.classifier = zero_linear(dim, config.num_classes, **on_device)
         self.train(image_model.training)
 
     # ---- forward, from clips to features
@@ -144,6 +146,8 @@ class VideoModel(Overlay, Saving):
         num_clips, num_frames, channels, *size = clips.shape
         if channels != 3 and num_frames == 3:
             raise ClipError(f"Clips of shape {tuple(clips.shape)} look like (B, C, T, H, W); expected (B, T, C, H, W).")
+        if channels != 3:
+            raise ClipError(f"Frames with {channels} channels were given, expected 3 (RGB): (B, T, 3, H, W).")
         if num_clips == 0 or num_frames == 0:
             raise ClipError(f"Clips of shape {tuple(clips.shape)} hold no frames; a clip has at least one (T >= 1).")
         if num_frames % self.config.tubelet_size:

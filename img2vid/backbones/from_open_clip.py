@@ -115,7 +115,9 @@ def vision_skeleton(name: BackboneName, arguments: dict[str, Any]) -> nn.Module:
     config = copy.deepcopy(get_model_config(name.architecture))
     with torch.device("meta"), quiet_open_clip():
         return _build_vision_tower(
-            config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False) or "force_quick_gelu" in arguments
+            config["embed_dim"],
+            config["vision_cfg"],
+            config.get("quick_gelu", False) or "force_quick_gelu" in arguments,
         )
 
 

@@ -104,6 +104,13 @@ def suggestions(name: str) -> list[str]:
     timm_names, clip_names = timm.list_models(), open_clip.list_models()
     if ":" in name:
         return [f"timm:{n}" for n in timm_names] + [f"open_clip:{n}" for n in clip_names]
-    return list(ALIASES) + [n for n in timm_names + clip_names if n == name] + [
-        f"{library}:{n}" for library, names in (("timm", timm_names), ("open_clip", clip_names)) for n in names if n == name
-    ]
+    return (
+        list(ALIASES)
+        + [n for n in timm_names + clip_names if n == name]
+        + [
+            f"{library}:{n}"
+            for library, names in (("timm", timm_names), ("open_clip", clip_names))
+            for n in names
+            if n == name
+        ]
+    )

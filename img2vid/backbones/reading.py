@@ -182,7 +182,11 @@ BLOCKS: dict[type[nn.Module] | None, BlockKind] = {
     vision_transformer.ParallelScalingBlock: BlockKind("", "in_norm", "ls.gamma", residuals=("",)),
     vision_transformer.DiffParallelScalingBlock: BlockKind("", "in_norm", "ls.gamma", residuals=("",)),
     vision_transformer.ParallelThingsBlock: BlockKind(
-        "attns.0.attn", "attns.0.norm", "attns.0.ls.gamma", residuals=("attns",), left_behind=("other parallel attentions",)
+        "attns.0.attn",
+        "attns.0.norm",
+        "attns.0.ls.gamma",
+        residuals=("attns",),
+        left_behind=("other parallel attentions",),
     ),
     eva.EvaBlock: BlockKind(layer_scale="gamma_1", rotary=True),
     eva.EvaBlockPostNorm: BlockKind(post_norm=True, residuals=("norm1",), rotary=True),

@@ -1,9 +1,9 @@
 """img2vid's own format: a folder that says everything needed to build the model again.
 
-    model.safetensors   all weights, image keys under the image library's names
-    config.json         kind of model, VideoConfig, pixel statistics, versions
-    certificate.json    what was proven when it was converted (optional)
-    README.md           model card
+model.safetensors   all weights, image keys under the image library's names
+config.json         kind of model, VideoConfig, pixel statistics, versions
+certificate.json    what was proven when it was converted (optional)
+README.md           model card
 """
 
 from __future__ import annotations
