@@ -1,8 +1,9 @@
 """The certificate: proof, by running it, that a video model still is its image model, and that it can learn.
 
-Four clips are shown to both models on the same folded batch (one frame; one frame repeated; different frames; those
-frames shuffled), and what comes out of every block and of the whole is compared. Then the gates are pushed off zero (the
-output must move), closed again (it must come back bit for bit), and two optimiser steps show where gradient arrives.
+Four kinds of clip are shown to both models on the same folded batch (one frame; one frame repeated; different frames;
+those frames shuffled), and what comes out of every block and of the whole is compared. Then the gates are pushed off
+zero (the output must move), closed again (it must come back bit for bit), and two optimiser steps show where gradient
+arrives.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def check_reference(video: VideoModel, image: nn.Module) -> None:
         raise Img2VidError("The reference of a certificate is the image model, but a VideoModel was given.")
     if not isinstance(video.base, type(image)) and not isinstance(image, type(video.base)):
         raise Img2VidError(
-            f"The reference is a {type(image).__name__}, but the video model was made from a {type(video.base).__name__}."
+            f"The reference is a {type(image).__name__}, but the model was made from a {type(video.base).__name__}."
         )
 
 
@@ -350,8 +351,8 @@ def measure_liveness(video: VideoModel, generator: torch.Generator, step_size: f
             grads = gradients((features * objective).sum(), measured)
             steps.append({p: float(grad.double().norm()) for p, grad in grads.items()})
             with torch.no_grad():
-                for gate in (p for gate, _ in layers.values() for p in gate):
-                    gate -= step_size * grads[gate] / grads[gate].norm().clamp_min(1e-12)
+                for parameter in (p for gate, _ in layers.values() for p in gate):
+                    parameter -= step_size * grads[parameter] / grads[parameter].norm().clamp_min(1e-12)
 
     def both(parameters: list[nn.Parameter]) -> tuple[float, float]:
         first_step, second_step = (sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps)
@@ -383,7 +384,7 @@ def only_requiring_grad(model: nn.Module, parameters: Sequence[nn.Parameter]) ->
 
 
 def temporal_layers(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], list[nn.Parameter]]]:
-    """Layer: (parameters of its gates, parameters of its temporal attention), for each layer that attends along time."""
+    """Layer: (parameters of its gates, of its temporal attention), for each layer that attends along time."""
     layers = {
         path: (list(block.temporal_fc.parameters()), list(block.temporal_attn.parameters()))
         for path, block in video.tower.blocks

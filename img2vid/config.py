@@ -83,7 +83,8 @@ class VideoConfig:
         if self.num_frames % self.tubelet_size:
             raise ConfigError(
                 f"num_frames={self.num_frames} cannot be cut into tubelets of {self.tubelet_size} frames. "
-                f"Use a multiple of {self.tubelet_size}, such as {-(-self.num_frames // self.tubelet_size) * self.tubelet_size}."
+                f"Use a multiple of {self.tubelet_size}, such as "
+                f"{-(-self.num_frames // self.tubelet_size) * self.tubelet_size}."
             )
         if self.image_size is not None:
             object.__setattr__(self, "image_size", image_size_pair(self.image_size))

@@ -240,7 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_aliases()
             return 0
         from_file = read_options_file(config_file) if config_file else {}
-        return run({**from_file, **{name: value for name, value in given.items() if value not in (None, False)}})
+        # by identity: 0 equals False, and must reach the check that refuses it
+        options = {name: value for name, value in given.items() if value is not None and value is not False}
+        return run({**from_file, **options})
     except Img2VidError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -184,7 +184,7 @@ class VideoModel(Overlay, Saving):
         return "pretrained"
 
     def zero_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that start at zero and keep the image model's function while they are: gates and time_embed."""
+        """The parameters that start at zero and keep the image model's function while they are zero."""
         zero = {name: p for name, p in self.named_parameters() if re.fullmatch(ZERO_KEYS, name)}
         if self.config.tubelet_init == "average":  # starts as copies of the image weights instead
             zero = {name: p for name, p in zero.items() if not name.endswith("tubelet_weight")}

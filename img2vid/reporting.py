@@ -118,9 +118,7 @@ def print_aliases() -> None:
         table.add_row(alias, "the model inside this package, no network needed" if alias == name else name)
     console = Console()
     console.print(table)
-    console.print(
-        "Also timm:NAME[.TAG] and open_clip:ARCH[/TAG]; docs/backbones.md lists every supported architecture."
-    )
+    console.print("Also timm:NAME[.TAG] and open_clip:ARCH[/TAG]; docs/backbones.md lists what works.", markup=False)
 
 
 def render_inspection(facts: Inspection) -> str:

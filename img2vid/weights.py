@@ -80,7 +80,7 @@ def unwrap(content: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         kind = f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__
         raise WeightsError(
-            f"{path} holds no state dict ({kind}). Expected tensors by name, bare or under one of {', '.join(WRAPPERS)}."
+            f"{path} holds no state dict ({kind}). Expected tensors by name, bare or under {', '.join(WRAPPERS)}."
         )
     state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     for prefix in PREFIXES:

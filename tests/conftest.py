@@ -17,7 +17,7 @@ torch.backends.mha.set_fastpath_enabled(False)
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int = 0, std: float = 0.05) -> nn.Module:
-    """Move every weight off its initial value, so that no equality holds by accident (LayerScale at 1e-5, zero biases)."""
+    """Move every weight off its initial value, so that no equality holds by accident (zero biases, tiny scales)."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator) * std)

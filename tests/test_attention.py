@@ -5,6 +5,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models.eva import EvaBlock
 from torch import nn
 
 from img2vid.backbones.reading import child, read_block
@@ -56,17 +57,26 @@ def spatial_residual(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return block.ls1(y) if hasattr(block, "ls1") else y * (1 if block.gamma_1 is None else block.gamma_1)
 
 
+def first_block(name: str, **kwargs) -> nn.Module:
+    return randomize(timm.create_model(name, depth=1, **kwargs)).blocks[0]
+
+
+def grouped_queries() -> nn.Module:
+    return randomize(EvaBlock(64, 4, attn_type="rope", qkv_fused=False, num_kv_heads=2, qk_norm=True))
+
+
+NARROW = {"embed_dim": 64, "num_heads": 4}
 BLOCKS = {
     "plain": lambda: small_vit().blocks[1],
     "layer scale": lambda: small_vit(init_values=0.3).blocks[1],
     "qk norm, no bias": lambda: small_vit(qk_norm=True, qkv_bias=False).blocks[1],
     "norm inside": lambda: small_vit(scale_attn_norm=True).blocks[1],
-    "eva, separate biases": lambda: randomize(timm.create_model("eva_giant_patch14_224", depth=1, embed_dim=64, num_heads=4, img_size=28)).blocks[0],
-    "eva02, split": lambda: randomize(timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28)).blocks[0],
-    "grouped queries": lambda: randomize(timm.models.eva.EvaBlock(64, 4, attn_type="rope", qkv_fused=False, num_kv_heads=2, qk_norm=True)),
-    "beit": lambda: randomize(timm.create_model("beit_base_patch16_224", depth=1, embed_dim=64, num_heads=4, use_rel_pos_bias=False)).blocks[0],
+    "eva, separate biases": lambda: first_block("eva_giant_patch14_224", img_size=28, **NARROW),
+    "eva02, split": lambda: first_block("eva02_tiny_patch14_224", img_size=28),
+    "grouped queries": grouped_queries,
+    "beit": lambda: first_block("beit_base_patch16_224", use_rel_pos_bias=False, **NARROW),
     "open_clip": lambda: small_clip().visual.transformer.resblocks[1],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

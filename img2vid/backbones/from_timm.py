@@ -142,7 +142,7 @@ def check_divisible(image_size: tuple[int, int], patch_size: tuple[int, int]) ->
         )
         raise BackboneError(
             f"image_size={image_size[0]} x {image_size[1]} pixels cannot be cut into patches of "
-            f"{patch_size[0]} x {patch_size[1]}. Use multiples of the patch size, for example {nearby[0]} x {nearby[1]}."
+            f"{patch_size[0]} x {patch_size[1]}. Use multiples of those, such as {nearby[0]} x {nearby[1]}."
         )
 
 

@@ -221,8 +221,8 @@ def block_kind(block: nn.Module) -> BlockKind:
             return BLOCKS[cls]
     known = ", ".join(sorted(cls.__name__ for cls in BLOCKS if cls is not None))
     raise BackboneError(
-        f"Blocks of class {type(block).__module__}.{type(block).__name__} are not supported: img2vid does not know where "
-        f"their attention is. Known: {known}. To add one, add a row to img2vid/backbones/reading.py."
+        f"Blocks of class {type(block).__module__}.{type(block).__name__} are not supported: img2vid does not know "
+        f"where their attention is. Known: {known}. To add one, add a row to img2vid/backbones/reading.py."
     )
 
 

@@ -156,6 +156,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise WeightsError(f"{folder / CONFIG} lacks {', '.join(missing)}; it was not written by img2vid.")
     if described.get("format", FORMAT) > FORMAT:
         raise WeightsError(
-            f"{folder} is in format {described['format']}, this img2vid {__version__} reads up to {FORMAT}: pip install -U img2vid."
+            f"{folder} is in format {described['format']}, but img2vid {__version__} reads up to {FORMAT}. "
+            "Run pip install -U img2vid."
         )
     return described
