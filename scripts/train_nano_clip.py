@@ -1,6 +1,6 @@
 """Rebuild nano_clip, the image-text model inside the package: its tokenizer's merges and its weights, from one seed.
 
-    python scripts/train_nano_clip.py            # about a quarter of an hour on two CPU cores
+    python scripts/train_nano_clip.py            # about 13 minutes on two idle CPU cores
     python scripts/train_nano_clip.py --help
 
 The pictures are made as training goes: one of the 1,258 handwritten digits of the training split, drawn by
@@ -127,7 +127,7 @@ def degrade(rng, images):
 def ease(background, style, amount):
     """Make pictures easier, by an amount from 0 (as they are) to 1: large, upright, in the middle, black and white.
 
-    Started on the full task, the model stays at chance for many hundred steps; started here, it reads within a hundred.
+    Started on the full task, the model stays at chance for many hundred steps; started here, it learns from the first.
     """
     size, hard = background.shape[1], 1 - amount
     # Each picture moves towards its own side, light on dark or dark on light: crossing over would hide the digit.

@@ -1,13 +1,17 @@
 """The embedded image-text model: its pictures, its files, its tokenizer, and what its trained weights can do."""
 
 import builtins
+import gzip
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from img2vid.backbones.nano_clip import (
@@ -91,8 +95,6 @@ def test_open_clip_factory_builds_and_loads_it(model):
     for (name, ours), theirs in zip(model.state_dict().items(), built.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
     # images_to_input is open_clip's own transform, in a batch.
-    from PIL import Image
-
     picture = held_out_pictures(("noise",), seed=9)[0][:1]
     assert torch.allclose(images_to_input(picture, model)[0], transform(Image.fromarray(picture[0])), atol=1e-6)
 
@@ -107,6 +109,16 @@ def test_open_clip_never_hands_out_the_wrong_vocabulary(tmp_path, monkeypatch, t
 
 def test_model_card_names_the_command_that_rebuilds_it():
     assert "python scripts/train_nano_clip.py" in (NANO_CLIP_DIR / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_script_rebuilds_the_files(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "scripts/train_nano_clip.py", "--out", str(tmp_path), "--steps", "1", "--groups", "1"]
+    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS_PATH.name, MERGES_PATH.name}
+    assert gzip.decompress((tmp_path / MERGES_PATH.name).read_bytes()) == gzip.decompress(MERGES_PATH.read_bytes())
+    assert load_nano_clip(pretrained=tmp_path / WEIGHTS_PATH.name).training is False
 
 
 def test_import_is_cheap():

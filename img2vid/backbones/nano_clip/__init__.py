@@ -1,7 +1,7 @@
 """nano_clip: a small image-text model with its trained weights, inside the package.
 
-An open_clip model, built and loaded by open_clip's own factory from the three files beside this module: the model
-config, the weights in half precision, and the tokenizer's merges. README.md is the model card.
+An open_clip model, built and loaded by open_clip's own factory from three files beside this module: the model config,
+the weights in half precision, and the tokenizer's merges. README.md is the model card.
 """
 
 from functools import cache
@@ -59,10 +59,7 @@ def load_nano_clip(pretrained=True):
             f"no nano_clip weights at {weights}. The package's own are rebuilt by `python scripts/train_nano_clip.py`; "
             "pretrained=False builds the model with random weights"
         )
-    model = open_clip.create_model(
-        register_nano_clip(), pretrained=str(weights) if weights else None, precision="fp32", load_weights=bool(weights)
-    )
-    return model.eval()
+    return open_clip.create_model(register_nano_clip(), pretrained=str(weights) if weights else None).eval()
 
 
 def nano_clip_tokenizer(merges=MERGES_PATH):
