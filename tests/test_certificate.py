@@ -23,6 +23,7 @@ DESIGNS = [
     ({"attention": "space_only"}, KINDS),
     ({"gate": "tanh"}, KINDS),
     ({"gate": "none"}, ()),
+    ({"gate": "none", "temporal_init": "zeros"}, KINDS),
     ({"temporal_init": "random"}, KINDS),
     ({"tubelet_size": 2}, KINDS),
     ({"tubelet_size": 2, "tubelet_init": "average"}, ("single", "static")),

@@ -86,8 +86,8 @@ def parse_name(name: str) -> BackboneName:
     library, colon, rest = full.partition(":")
     if not colon or library not in LIBRARIES or not rest:
         raise BackboneError(
-            f"Unknown backbone {name!r}.{nearest(name, every_name())} Give an alias (python -m img2vid.convert --list), "
-            "timm:NAME[.TAG], open_clip:ARCH[/TAG], or nano_clip."
+            f"Unknown backbone {name!r}.{nearest(name, every_name())} Give an alias "
+            "(python -m img2vid.convert --list), timm:NAME[.TAG], open_clip:ARCH[/TAG], or nano_clip."
         )
     if library == "timm":
         architecture, _, tag = rest.partition(".")
