@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from img2vid.backbones import load_backbone
 from img2vid.backbones.from_timm import image_class
 from img2vid.backbones.reading import block_kind, child, read_block
-from img2vid.certificate import Guarantee
 from img2vid.checkpoints.native import read_description
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
+from img2vid.guarantees import Guarantee
 from img2vid.model import VideoModel, VideoTextModel, build_model, first
 
 

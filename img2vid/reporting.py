@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from img2vid.certificate import Certificate, Comparison
+    from img2vid.certificate import Certificate
+    from img2vid.evidence import Comparison
     from img2vid.inspection import Inspection
     from img2vid.model import VideoModel, VideoTextModel
 

@@ -14,11 +14,13 @@ ROOT = Path(img2vid.__file__).parent
 TIERS = [
     {"_version", "errors"},
     {"config", "weights", "overlay"},
+    {"guarantees"},
     {"temporal"},
     {"backbones"},
     {"surgery"},
     {"checkpoints.saving"},
     {"model"},
+    {"evidence"},
     {"certificate", "checkpoints", "grafts"},
     {"inspection", "convert", "training", "evaluation", "export"},
     {"cli", "__init__"},

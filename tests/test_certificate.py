@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from img2vid.certificate import KINDS, Guarantee, certify
+from img2vid.certificate import certify
 from img2vid.config import VideoConfig
 from img2vid.errors import Img2VidError
+from img2vid.guarantees import KINDS, Guarantee
 from img2vid.model import VideoModel, VideoTextModel
 from tests.conftest import randomize, small_clip, small_vit
 

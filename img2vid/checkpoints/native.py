@@ -142,6 +142,28 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     return model.eval()
 
 
+def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
+    """The image model of a loaded model, built afresh by its own library, with the image weights the model now has.
+
+    Certified against it, the model is proven to compute, with closed gates, what the image library computes.
+    """
+    config = model.config
+    if config.backbone is None:
+        raise WeightsError(
+            "This model was made from a module passed in by hand, so there is no name to build its image model from. "
+            "Build it and use img2vid.certify(model, image_model)."
+        )
+    backbone = load_backbone(
+        config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
+    )
+    image = backbone.model if isinstance(model, VideoTextModel) else backbone.tower.module
+    image.to(next(model.parameters()).dtype)
+    load_weights(
+        image, {key: tensor for key, tensor in model.state_dict().items() if model.origin(key) == "pretrained"}
+    )
+    return image.eval()
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise WeightsError(f"There is no folder {folder}. Give a folder written by save_pretrained or img2vid.convert.")
