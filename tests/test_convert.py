@@ -175,6 +175,22 @@ def test_inspect_and_certify(capsys):
     assert "There is no folder nowhere" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--tubelet-size", "2", "--tubelet-init", "average"],
+        ["--tubelet-size", "2"],
+        ["--dtype", "bfloat16", "--prefix-mode", "global"],
+        ["--dtype", "float16", "--attention", "joint_space_time"],
+    ],
+    ids=" ".join,
+)
+def test_folders_are_certified_again(settings, capsys):
+    assert main([*TINY, *settings, "--out", "out"]) == 0
+    assert cli(["certify", "out"]) == 0
+    assert "held" in capsys.readouterr().out
+
+
 def test_certify_finds_a_changed_folder(capsys):
     from safetensors.torch import load_file, save_file
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from img2vid._version import __version__
-from img2vid.backbones import load_backbone, wrap_module
+from img2vid.backbones import describe, load_backbone, wrap_module
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
@@ -158,9 +158,13 @@ def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
     )
     image = backbone.model if isinstance(model, VideoTextModel) else backbone.tower.module
     image.to(next(model.parameters()).dtype)
-    load_weights(
-        image, {key: tensor for key, tensor in model.state_dict().items() if model.origin(key) == "pretrained"}
-    )
+    own = {key: tensor for key, tensor in model.state_dict().items() if model.origin(key) == "pretrained"}
+    load_weights(image, own)
+    video = model.visual if isinstance(model, VideoTextModel) else model
+    if config.tubelet_size > 1 and config.tubelet_init == "average":
+        # on a static clip, where averaged tubelets keep the function, all frames' weights act together
+        conv, image_conv = video.tower.patch_conv, describe(getattr(image, "visual", image)).patch_conv
+        image_conv.weight.data = conv.weight.detach() + conv.tubelet_weight.detach().sum(dim=0)
     return image.eval()
 
 
