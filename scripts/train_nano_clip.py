@@ -1,6 +1,6 @@
 """Rebuild nano_clip, the image-text model inside the package: its tokenizer's merges and its weights, from one seed.
 
-    python scripts/train_nano_clip.py            # about 13 minutes on two idle CPU cores
+    python scripts/train_nano_clip.py            # about a quarter of an hour on two idle CPU cores
     python scripts/train_nano_clip.py --help
 
 The pictures are made as training goes: one of the 1,258 handwritten digits of the training split, drawn by
