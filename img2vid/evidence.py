@@ -65,7 +65,7 @@ def make_clips(video: VideoModel, kind: str, num_steps: int, generator: torch.Ge
     """Seeded noise clips (2, T, C, H, W) of one kind; T counts frames, tubelet_size for each step."""
     size, weight = video.tower.image_size, next(video.parameters())
     num_frames = num_steps * video.config.tubelet_size
-    clips = torch.randn(2, num_frames, 3, *size, generator=generator)
+    clips = torch.randn(2, num_frames, video.tower.in_channels, *size, generator=generator)
     if kind == "static" or (kind == "single" and video.config.tubelet_init == "average"):
         clips = clips[:, :1].expand_as(clips)
     if kind == "shuffled":

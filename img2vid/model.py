@@ -67,8 +67,8 @@ class VideoModel(Overlay, Saving):
         needs_dim = config.attention == "factorised_encoder" or config.num_classes is not None
         dim = output_dim(self.tower) if needs_dim else 0  # asked while it still is an image model
 
-        drop_once_per_clip(image_model, self.clip)
         entrance = insert_time(self.tower, config, self.clip)
+        drop_once_per_clip(image_model, self.clip)
         if entrance is not None and config.has_time_embed:
             self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, entrance.dim, **on_device))
             entrance.block.register_forward_pre_hook(self.enter_time)
@@ -144,10 +144,13 @@ class VideoModel(Overlay, Saving):
         if not clips.is_floating_point():
             raise ClipError(f"Clips of dtype {clips.dtype} were given; normalise pixels first: model.normalize(clips).")
         num_clips, num_frames, channels, *size = clips.shape
-        if channels != 3 and num_frames == 3:
+        expected = self.tower.in_channels
+        if channels != expected and num_frames == expected:
             raise ClipError(f"Clips of shape {tuple(clips.shape)} look like (B, C, T, H, W); expected (B, T, C, H, W).")
-        if channels != 3:
-            raise ClipError(f"Frames with {channels} channels were given, expected 3 (RGB): (B, T, 3, H, W).")
+        if channels != expected:
+            raise ClipError(
+                f"Frames with {channels} channels were given, expected {expected}: (B, T, {expected}, H, W)."
+            )
         if num_clips == 0 or num_frames == 0:
             raise ClipError(f"Clips of shape {tuple(clips.shape)} hold no frames; a clip has at least one (T >= 1).")
         if num_frames % self.config.tubelet_size:

@@ -183,6 +183,7 @@ def describe_open_clip(visual: nn.Module) -> ImageTower:
         any_size=isinstance(visual, AnySizeVisionTransformer),
         position="learned 2-D" if visual.positional_embedding.requires_grad else "sin-cos 2-D",
         patch_conv=visual.conv1,
+        in_channels=visual.conv1.in_channels,
         preprocess=read_preprocess(visual),
     )
 
