@@ -20,14 +20,13 @@ def model(tmp_path_factory):
 def moving_digits():
     """Held-out digits crossing the canvas, as uint8 clips (B, T, 3, 32, 32), and their labels."""
     images, labels = load_digits("test")
+    digits, labels = images[:200, None], torch.from_numpy(labels[:200])  # one for all four frames
     rng = np.random.default_rng(0)
-    clips = []
-    for image in images[:200]:
-        background = random_background(rng, 1, 32)[0]
-        style = {**random_style(rng, background), "scale": 20.0, "angle": 0.0}
-        centres = np.stack([np.linspace(11, 21, 4), np.full(4, style["centre"][1].clip(11, 21))], axis=-1)
-        clips.append(draw(image, background=background, **{**style, "centre": centres}))
-    return torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3), torch.from_numpy(labels[:200])
+    background = random_background(rng, 200, 32)
+    colour = random_style(rng, background)["colour"]
+    centre = np.stack([np.linspace(11, 21, 4), np.full(4, 16.0)], axis=-1)  # (T, 2): from left to right
+    clips = draw(digits, centre, 20.0, 0.0, colour[:, None], background[:, None])  # (B, T, H, W, 3)
+    return torch.from_numpy(clips).permute(0, 1, 4, 2, 3), labels
 
 
 def classifier(model):
