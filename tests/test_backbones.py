@@ -1,3 +1,5 @@
+import copy
+
 import open_clip
 import pytest
 import timm
@@ -144,3 +146,35 @@ def test_modules_are_taken_as_they_are():
     assert wide.tower.image_size == (32, 64)
     with pytest.raises(BackboneError, match="torch.nn.modules.linear.Linear was given"):
         img2vid.convert(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "arguments"),
+    [
+        ("timm:beit_base_patch16_224", (64, 96), {"embed_dim": 64, "num_heads": 4}),  # relative bias per block
+        ("timm:vit_relpos_small_patch16_224", (64, 96), {"embed_dim": 64, "num_heads": 4}),  # relative bias by an MLP
+        ("timm:eva02_tiny_patch14_224", (56, 84), {}),  # rotary and learned
+        ("timm:vit_small_patch16_dinov3", (64, 96), {}),  # rotary only, register tokens
+        ("timm:vit_small_patch16_rope_mixed_224", (64, 96), {}),  # rotary, learned per block
+        ("timm:naflexvit_base_patch16_gap", (64, 96), {"embed_dim": 64, "num_heads": 4}),
+        ("timm:vit_base_patch16_siglip_224", (64, 96), {"embed_dim": 64, "num_heads": 4}),  # attention pool
+        ("timm:flexivit_small", (64, 96), {}),
+    ],
+)
+def test_other_image_sizes_by_the_backbones_own_means(name, size, arguments):
+    """Resized at load, certified there, and, where the backbone can, run at a third size in forward."""
+    backbone = load_backbone(name, random_weights=True, image_size=size, arguments={"depth": 2, **arguments})
+    randomize(backbone.model, std=0.02)
+    reference = copy.deepcopy(backbone.model)
+    assert backbone.tower.image_size == size
+    model = img2vid.convert(backbone.model, num_frames=2)
+    assert img2vid.certify(model, reference, num_frames=(1, 2)).ok
+    third = tuple(4 * patch for patch in backbone.tower.patch_size)
+    clips = torch.randn(1, 2, 3, *third)
+    with torch.no_grad():
+        if backbone.tower.any_size:
+            expected = reference(clips[0]).mean(0, keepdim=True)
+            assert torch.equal(model(clips), expected)
+        else:
+            with pytest.raises(img2vid.Img2VidError, match="fixed to"):
+                model(clips)

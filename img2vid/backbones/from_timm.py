@@ -128,7 +128,9 @@ def set_image_size(model: nn.Module, image_size: tuple[int, int] | None) -> None
     check_divisible(image_size, tower.patch_size)
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=image_size)
-    elif not tower.any_size:
+    elif tower.any_size:  # nothing is built for a size; timm keeps the usual one in the configuration
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (tower.in_channels, *image_size)}
+    else:
         raise BackboneError(
             f"{type(model).__name__} is built for {tower.image_size[0]} x {tower.image_size[1]} pixels and cannot be "
             "resized after loading. Leave image_size out, or choose an architecture of the size you need."
