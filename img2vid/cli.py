@@ -36,9 +36,11 @@ def certify_main(argv: Sequence[str]) -> int:
     parser.add_argument("--num-frames", type=int, nargs="+", metavar="T", help="numbers of frames to try")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_args(argv)
-    from img2vid.certificate import certify_folder
+    from img2vid.certificate import certify
+    from img2vid.checkpoints.native import load, load_reference
 
-    certificate = certify_folder(options.folder, num_frames=options.num_frames)
+    model = load(options.folder)
+    certificate = certify(model, load_reference(model), num_frames=options.num_frames)
     print(certificate.to_json() if options.json else certificate)
     return 0 if certificate.ok else 1
 

@@ -83,7 +83,8 @@ class VideoConfig:
         if self.num_frames % self.tubelet_size:
             raise ConfigError(
                 f"num_frames={self.num_frames} cannot be cut into tubelets of {self.tubelet_size} frames. "
-                f"Use a multiple of {self.tubelet_size}, such as {-(-self.num_frames // self.tubelet_size) * self.tubelet_size}."
+                f"Use a multiple of {self.tubelet_size}, such as "
+                f"{-(-self.num_frames // self.tubelet_size) * self.tubelet_size}."
             )
         if self.image_size is not None:
             object.__setattr__(self, "image_size", image_size_pair(self.image_size))
@@ -122,7 +123,11 @@ class VideoConfig:
             rule, number = layers.split(":")
             if int(number) > depth:
                 raise ConfigError(f"temporal_layers={layers!r}, but the backbone has {depth} blocks.")
-            return list(range(depth))[int(number) - 1 :: int(number)] if rule == "every" else list(range(depth))[-int(number) :]
+            return (
+                list(range(depth))[int(number) - 1 :: int(number)]
+                if rule == "every"
+                else list(range(depth))[-int(number) :]
+            )
         if not layers or not all(0 <= i < depth for i in layers):
             raise ConfigError(f"temporal_layers={list(layers)}: expected block numbers from 0 to {depth - 1}.")
         return sorted(set(layers))

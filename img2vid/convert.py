@@ -200,7 +200,11 @@ def run(options: dict[str, Any]) -> int:
 
         check_replaceable(out)
         loaded = load(
-            backbone, weights=how["weights"], random_weights=bool(how["random_weights"]), dtype=how["dtype"], settings=options
+            backbone,
+            weights=how["weights"],
+            random_weights=bool(how["random_weights"]),
+            dtype=how["dtype"],
+            settings=options,
         )
     say(f"Loaded {loaded.name}, weights: {loaded.pretrained or 'random'}.")
     if loaded.dropped:
@@ -223,7 +227,9 @@ def run(options: dict[str, Any]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m img2vid.convert", description=(convert.__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m img2vid.convert", description=(convert.__doc__ or "").split("\n")[0]
+    )
     add_options(parser)
     given = vars(parser.parse_args(argv))
     show_list, config_file = given.pop("list"), given.pop("config")
@@ -234,7 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_aliases()
             return 0
         from_file = read_options_file(config_file) if config_file else {}
-        return run({**from_file, **{name: value for name, value in given.items() if value not in (None, False)}})
+        # by identity: 0 equals False, and must reach the check that refuses it
+        options = {name: value for name, value in given.items() if value is not None and value is not False}
+        return run({**from_file, **options})
     except Img2VidError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

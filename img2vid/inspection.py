@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from img2vid.backbones import load_backbone
 from img2vid.backbones.from_timm import image_class
 from img2vid.backbones.reading import block_kind, child, read_block
-from img2vid.certificate import Guarantee
+from img2vid.backbones.tower import ImageTower
 from img2vid.checkpoints.native import read_description
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
+from img2vid.guarantees import Guarantee
 from img2vid.model import VideoModel, VideoTextModel, build_model, first
 
 
@@ -72,7 +72,7 @@ def inspect(source: str | Path, **settings: Any) -> Inspection:
     backbone = load_backbone(
         config.backbone, image_size=config.image_size, arguments=config.backbone_args, on_meta=True
     )
-    image_flops = count_flops(backbone.tower.module, config.num_steps, backbone.tower.image_size)
+    image_flops = count_flops(backbone.tower, config.num_steps)
     return examine(build_model(backbone, config), str(source), image_flops)
 
 
@@ -127,16 +127,16 @@ GUARANTEED = (
 )
 
 
-def count_flops(image_model: nn.Module, num_images: int, image_size: tuple[int, int]) -> int:
+def count_flops(tower: ImageTower, num_images: int) -> int:
     """FLOPs of an image model on so many images, by torch's counter (matrix products and convolutions)."""
     with FlopCounterMode(display=False) as counter:
-        image_model.eval()(torch.zeros(num_images, 3, *image_size, device="meta"))
+        tower.module.eval()(torch.zeros(num_images, tower.in_channels, *tower.image_size, device="meta"))
     return counter.get_total_flops()
 
 
 def count_clip_flops(video: VideoModel) -> tuple[int, int]:
     """FLOPs of one clip, and the length of its feature."""
-    clip = torch.zeros(1, video.config.num_frames, 3, *video.tower.image_size, device="meta")
+    clip = torch.zeros(1, video.config.num_frames, video.tower.in_channels, *video.tower.image_size, device="meta")
     with FlopCounterMode(display=False) as counter:
         feature = first(video.eval().clip_features(clip))
     return counter.get_total_flops(), feature.shape[-1]

@@ -64,18 +64,20 @@ class VideoModel(Overlay, Saving):
         some_weight = next(image_model.parameters())
         on_device = {"device": some_weight.device, "dtype": some_weight.dtype}
 
-        drop_once_per_clip(image_model, self.clip)
+        needs_dim = config.attention == "factorised_encoder" or config.num_classes is not None
+        dim = output_dim(self.tower) if needs_dim else 0  # asked while it still is an image model
+
         entrance = insert_time(self.tower, config, self.clip)
+        drop_once_per_clip(image_model, self.clip)
         if entrance is not None and config.has_time_embed:
             self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, entrance.dim, **on_device))
             entrance.block.register_forward_pre_hook(self.enter_time)
         if config.attention == "factorised_encoder":
-            dim = output_dim(self.tower)
             self.temporal_encoder = TemporalEncoder(dim, config.encoder_layers).to(**on_device)
             if config.has_time_embed:
                 self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, dim, **on_device))
         if config.num_classes is not None:
-            self.classifier = zero_linear(output_dim(self.tower), config.num_classes, **on_device)
+            self.classifier = zero_linear(dim, config.num_classes, **on_device)
         self.train(image_model.training)
 
     # ---- forward, from clips to features
@@ -142,8 +144,13 @@ class VideoModel(Overlay, Saving):
         if not clips.is_floating_point():
             raise ClipError(f"Clips of dtype {clips.dtype} were given; normalise pixels first: model.normalize(clips).")
         num_clips, num_frames, channels, *size = clips.shape
-        if channels != 3 and num_frames == 3:
+        expected = self.tower.in_channels
+        if channels != expected and num_frames == expected:
             raise ClipError(f"Clips of shape {tuple(clips.shape)} look like (B, C, T, H, W); expected (B, T, C, H, W).")
+        if channels != expected:
+            raise ClipError(
+                f"Frames with {channels} channels were given, expected {expected}: (B, T, {expected}, H, W)."
+            )
         if num_clips == 0 or num_frames == 0:
             raise ClipError(f"Clips of shape {tuple(clips.shape)} hold no frames; a clip has at least one (T >= 1).")
         if num_frames % self.config.tubelet_size:
@@ -180,7 +187,7 @@ class VideoModel(Overlay, Saving):
         return "pretrained"
 
     def zero_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that start at zero and keep the image model's function while they are: gates and time_embed."""
+        """The parameters that start at zero and keep the image model's function while they are zero."""
         zero = {name: p for name, p in self.named_parameters() if re.fullmatch(ZERO_KEYS, name)}
         if self.config.tubelet_init == "average":  # starts as copies of the image weights instead
             zero = {name: p for name, p in zero.items() if not name.endswith("tubelet_weight")}

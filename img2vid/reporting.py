@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from img2vid.certificate import Certificate, Comparison
+    from img2vid.certificate import Certificate
+    from img2vid.evidence import Comparison
     from img2vid.inspection import Inspection
     from img2vid.model import VideoModel, VideoTextModel
 
@@ -67,7 +68,13 @@ def certificate_table(certificate: Certificate) -> Group:
 
 def comparison_cells(row: Comparison) -> tuple:
     numbers = (row.feature_difference, row.frame_difference, max(row.layer_differences, default=0.0))
-    return (LABELS[row.kind], str(row.num_frames), row.claimed or "-", *(f"{n:.3g}" for n in numbers), verdict(row.held))
+    return (
+        LABELS[row.kind],
+        str(row.num_frames),
+        row.claimed or "-",
+        *(f"{n:.3g}" for n in numbers),
+        verdict(row.held),
+    )
 
 
 def liveness_line(certificate: Certificate) -> str:
@@ -112,7 +119,7 @@ def print_aliases() -> None:
         table.add_row(alias, "the model inside this package, no network needed" if alias == name else name)
     console = Console()
     console.print(table)
-    console.print("Also timm:NAME[.TAG] and open_clip:ARCH[/TAG]; docs/backbones.md lists every supported architecture.")
+    console.print("Also timm:NAME[.TAG] and open_clip:ARCH[/TAG]; docs/backbones.md lists what works.", markup=False)
 
 
 def render_inspection(facts: Inspection) -> str:

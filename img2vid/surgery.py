@@ -99,7 +99,9 @@ def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
                 "Use divided_space_time."
             )
         if "per block" in tower.position:
-            raise ConfigError("joint_space_time does not support rotary codes learned per block. Use divided_space_time.")
+            raise ConfigError(
+                "joint_space_time does not support rotary codes learned per block. Use divided_space_time."
+            )
         if is_rotary and tower.num_prefix_tokens and config.prefix_mode == "per_frame":
             raise ConfigError(
                 "joint_space_time with rotary positions expects prefix tokens at the front of the sequence only. "

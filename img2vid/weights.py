@@ -35,7 +35,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        raise WeightsError(f"{path} is a folder; give a weights file. A folder saved by img2vid loads with img2vid.load.")
+        raise WeightsError(
+            f"{path} is a folder; give a weights file. A folder saved by img2vid loads with img2vid.load."
+        )
     if not path.is_file():
         raise WeightsError(f"There is no weights file {path}.")
     if path.stat().st_size == 0:
@@ -50,7 +52,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
             f"containers are accepted. If you trust its author, convert it to safetensors with their own tools. "
             f"({first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, struct.error) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        # whatever the unpickler stumbles over in a file that is no pickle
         raise WeightsError(f"{path} is damaged, truncated, or no PyTorch file: {first_line(error)}") from error
     return unwrap(content, path)
 
@@ -77,7 +80,7 @@ def unwrap(content: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         kind = f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__
         raise WeightsError(
-            f"{path} holds no state dict ({kind}). Expected tensors by name, bare or under one of {', '.join(WRAPPERS)}."
+            f"{path} holds no state dict ({kind}). Expected tensors by name, bare or under {', '.join(WRAPPERS)}."
         )
     state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     for prefix in PREFIXES:
@@ -104,7 +107,9 @@ class LoadReport:
     def __str__(self) -> str:
         counts = f"{len(self.loaded)} loaded, {len(self.new)} new, {len(self.dropped)} dropped on purpose"
         lists = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.misshapen}
-        return counts + "".join(f"\n  {len(keys)} {what}:\n    " + "\n    ".join(keys) for what, keys in lists.items() if keys)
+        return counts + "".join(
+            f"\n  {len(keys)} {what}:\n    " + "\n    ".join(keys) for what, keys in lists.items() if keys
+        )
 
 
 def load_weights(

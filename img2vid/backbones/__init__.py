@@ -26,7 +26,7 @@ def load_backbone(
     """Load an image model by name.
 
     Args:
-        name: an alias (``vit_base``, ``clip_b16``, ...), ``timm:NAME[.TAG]``, ``open_clip:ARCH[/TAG]`` or ``nano_clip``.
+        name: an alias (``vit_base``, ``clip_b16``, ...), ``timm:NAME[.TAG]``, ``open_clip:ARCH[/TAG]``, ``nano_clip``.
         weights: local ``.safetensors`` or ``.pth`` file instead of the library's pretrained weights.
         random_weights: build the architecture without loading any weights.
         image_size: pixels (height, width); None keeps the architecture's own.
@@ -85,8 +85,8 @@ def wrap_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
     tower = getattr(model, "visual", model)
     if not comes_from(tower, "timm.", "open_clip."):
         raise BackboneError(
-            f"A {type(model).__module__}.{type(model).__name__} was given. Expected a timm model, an open_clip model, or "
-            "a backbone's name (python -m img2vid.convert --list)."
+            f"A {type(model).__module__}.{type(model).__name__} was given. Expected a timm model, an open_clip model, "
+            "or a backbone's name (python -m img2vid.convert --list)."
         )
     if image_size is not None:
         from img2vid.backbones import from_open_clip, from_timm

@@ -115,7 +115,9 @@ def vision_skeleton(name: BackboneName, arguments: dict[str, Any]) -> nn.Module:
     config = copy.deepcopy(get_model_config(name.architecture))
     with torch.device("meta"), quiet_open_clip():
         return _build_vision_tower(
-            config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False) or "force_quick_gelu" in arguments
+            config["embed_dim"],
+            config["vision_cfg"],
+            config.get("quick_gelu", False) or "force_quick_gelu" in arguments,
         )
 
 
@@ -181,6 +183,7 @@ def describe_open_clip(visual: nn.Module) -> ImageTower:
         any_size=isinstance(visual, AnySizeVisionTransformer),
         position="learned 2-D" if visual.positional_embedding.requires_grad else "sin-cos 2-D",
         patch_conv=visual.conv1,
+        in_channels=visual.conv1.in_channels,
         preprocess=read_preprocess(visual),
     )
 

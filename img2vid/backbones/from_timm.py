@@ -148,10 +148,12 @@ def set_image_size(model: nn.Module, image_size: tuple[int, int] | None) -> None
 
 def check_divisible(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
     if any(pixels % patch for pixels, patch in zip(image_size, patch_size, strict=True)):
-        nearby = tuple(max(patch, round(pixels / patch) * patch) for pixels, patch in zip(image_size, patch_size, strict=True))
+        nearby = tuple(
+            max(patch, round(pixels / patch) * patch) for pixels, patch in zip(image_size, patch_size, strict=True)
+        )
         raise BackboneError(
             f"image_size={image_size[0]} x {image_size[1]} pixels cannot be cut into patches of "
-            f"{patch_size[0]} x {patch_size[1]}. Use multiples of the patch size, for example {nearby[0]} x {nearby[1]}."
+            f"{patch_size[0]} x {patch_size[1]}. Use multiples of those, such as {nearby[0]} x {nearby[1]}."
         )
 
 
@@ -184,7 +186,8 @@ def describe_timm(model: nn.Module) -> ImageTower:
         num_prefix_tokens=0 if isinstance(model, cait.Cait) else trunk.num_prefix_tokens,
         image_size=native_size(embed, config),
         patch_size=effective_patch(embed),
-        any_size=bool(getattr(trunk, "dynamic_img_size", False)) or class_name.startswith(("NaFlex", "Qwen3", "Deepseek")),
+        any_size=bool(getattr(trunk, "dynamic_img_size", False))
+        or class_name.startswith(("NaFlex", "Qwen3", "Deepseek")),
         position=position_kind(trunk, embed, kind),
         patch_conv=conv if type(conv) is nn.Conv2d and conv.stride == conv.kernel_size else None,
         preprocess=Preprocess(

@@ -86,8 +86,8 @@ def parse_name(name: str) -> BackboneName:
     library, colon, rest = full.partition(":")
     if not colon or library not in LIBRARIES or not rest:
         raise BackboneError(
-            f"Unknown backbone {name!r}.{nearest(name, suggestions(name))} Give an alias (python -m img2vid.convert --list), "
-            "timm:NAME[.TAG], open_clip:ARCH[/TAG], or nano_clip."
+            f"Unknown backbone {name!r}.{nearest(name, every_name())} Give an alias "
+            "(python -m img2vid.convert --list), timm:NAME[.TAG], open_clip:ARCH[/TAG], or nano_clip."
         )
     if library == "timm":
         architecture, _, tag = rest.partition(".")
@@ -96,14 +96,9 @@ def parse_name(name: str) -> BackboneName:
     return BackboneName(library, architecture, tag or None)
 
 
-def suggestions(name: str) -> list[str]:
+def every_name() -> list[str]:
     """Everything a mistyped name could have meant."""
     import open_clip
     import timm
 
-    timm_names, clip_names = timm.list_models(), open_clip.list_models()
-    if ":" in name:
-        return [f"timm:{n}" for n in timm_names] + [f"open_clip:{n}" for n in clip_names]
-    return list(ALIASES) + [n for n in timm_names + clip_names if n == name] + [
-        f"{library}:{n}" for library, names in (("timm", timm_names), ("open_clip", clip_names)) for n in names if n == name
-    ]
+    return [*ALIASES, *(f"timm:{n}" for n in timm.list_models()), *(f"open_clip:{n}" for n in open_clip.list_models())]

@@ -181,7 +181,11 @@ BLOCKS: dict[type[nn.Module] | None, BlockKind] = {
     vision_transformer.ParallelScalingBlock: BlockKind("", "in_norm", "ls.gamma", residuals=("",)),
     vision_transformer.DiffParallelScalingBlock: BlockKind("", "in_norm", "ls.gamma", residuals=("",)),
     vision_transformer.ParallelThingsBlock: BlockKind(
-        "attns.0.attn", "attns.0.norm", "attns.0.ls.gamma", residuals=("attns",), left_behind=("other parallel attentions",)
+        "attns.0.attn",
+        "attns.0.norm",
+        "attns.0.ls.gamma",
+        residuals=("attns",),
+        left_behind=("other parallel attentions",),
     ),
     eva.EvaBlock: BlockKind(layer_scale="gamma_1", rotary=True),
     eva.EvaBlockPostNorm: BlockKind(post_norm=True, residuals=("norm1",), rotary=True),
@@ -216,8 +220,8 @@ def block_kind(block: nn.Module) -> BlockKind:
             return BLOCKS[cls]
     known = ", ".join(sorted(cls.__name__ for cls in BLOCKS if cls is not None))
     raise BackboneError(
-        f"Blocks of class {type(block).__module__}.{type(block).__name__} are not supported: img2vid does not know where "
-        f"their attention is. Known: {known}. To add one, add a row to img2vid/backbones/reading.py."
+        f"Blocks of class {type(block).__module__}.{type(block).__name__} are not supported: img2vid does not know "
+        f"where their attention is. Known: {known}. To add one, add a row to img2vid/backbones/reading.py."
     )
 
 

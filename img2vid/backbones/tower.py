@@ -20,13 +20,14 @@ class Preprocess:
 
 @dataclass
 class ImageTower:
-    """A module that turns images (B, 3, H, W) into features, and where its parts are.
+    """A module that turns images (B, C, H, W) into features, and where its parts are.
 
     Args:
         module: the tower; its own forward is what runs.
         blocks: attribute path and module of each transformer block, in order.
         num_prefix_tokens: class, distillation and register tokens P at the front of the sequence *inside the blocks*.
         patch_conv: the patch projection, where it is one plain strided convolution.
+        in_channels: channels C of an image, 3 for RGB.
         image_size, patch_size: pixels (height, width).
         any_size: whether forward takes images of other sizes than ``image_size``.
         position: how places are told apart, for people to read.
@@ -40,6 +41,7 @@ class ImageTower:
     any_size: bool
     position: str
     patch_conv: nn.Conv2d | None = None
+    in_channels: int = 3
     preprocess: Preprocess = field(default_factory=Preprocess)
 
 
@@ -91,6 +93,6 @@ def output_dim(tower: ImageTower) -> int:
     """Length of the tower's feature vector, probed with one image on the meta device."""
     module = on_meta(tower.module).eval()
     with torch.no_grad():
-        features = module(torch.zeros(1, 3, *tower.image_size, device="meta"))
+        features = module(torch.zeros(1, tower.in_channels, *tower.image_size, device="meta"))
     features = features[0] if isinstance(features, tuple) else features
     return features.shape[-1]

@@ -16,7 +16,9 @@ def model_card(model: VideoModel | VideoTextModel, certificate: Certificate | No
     config, has_text = model.config, hasattr(model, "encode_video")
     source = config.backbone or "a module passed in by hand"
     settings = "\n".join(
-        f"| {name} | {value} |" for name, value in config.to_dict().items() if value not in (None, {}) and name != "backbone"
+        f"| {name} | {value} |"
+        for name, value in config.to_dict().items()
+        if value not in (None, {}) and name != "backbone"
     )
     run = (
         f'clip = img2vid.read_clip("video.mp4", num_frames={config.num_frames})'

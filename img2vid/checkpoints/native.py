@@ -1,9 +1,9 @@
 """img2vid's own format: a folder that says everything needed to build the model again.
 
-    model.safetensors   all weights, image keys under the image library's names
-    config.json         kind of model, VideoConfig, pixel statistics, versions
-    certificate.json    what was proven when it was converted (optional)
-    README.md           model card
+model.safetensors   all weights, image keys under the image library's names
+config.json         kind of model, VideoConfig, pixel statistics, versions
+certificate.json    what was proven when it was converted (optional)
+README.md           model card
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from img2vid._version import __version__
-from img2vid.backbones import load_backbone, wrap_module
+from img2vid.backbones import describe, load_backbone, wrap_module
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
@@ -142,6 +142,32 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     return model.eval()
 
 
+def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
+    """The image model of a loaded model, built afresh by its own library, with the image weights the model now has.
+
+    Certified against it, the model is proven to compute, with closed gates, what the image library computes.
+    """
+    config = model.config
+    if config.backbone is None:
+        raise WeightsError(
+            "This model was made from a module passed in by hand, so there is no name to build its image model from. "
+            "Build it and use img2vid.certify(model, image_model)."
+        )
+    backbone = load_backbone(
+        config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
+    )
+    image = backbone.model if isinstance(model, VideoTextModel) else backbone.tower.module
+    image.to(next(model.parameters()).dtype)
+    own = {key: tensor for key, tensor in model.state_dict().items() if model.origin(key) == "pretrained"}
+    load_weights(image, own)
+    video = model.visual if isinstance(model, VideoTextModel) else model
+    if config.tubelet_size > 1 and config.tubelet_init == "average":
+        # on a static clip, where averaged tubelets keep the function, all frames' weights act together
+        conv, image_conv = video.tower.patch_conv, describe(getattr(image, "visual", image)).patch_conv
+        image_conv.weight.data = conv.weight.detach() + conv.tubelet_weight.detach().sum(dim=0)
+    return image.eval()
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise WeightsError(f"There is no folder {folder}. Give a folder written by save_pretrained or img2vid.convert.")
@@ -156,6 +182,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise WeightsError(f"{folder / CONFIG} lacks {', '.join(missing)}; it was not written by img2vid.")
     if described.get("format", FORMAT) > FORMAT:
         raise WeightsError(
-            f"{folder} is in format {described['format']}, this img2vid {__version__} reads up to {FORMAT}: pip install -U img2vid."
+            f"{folder} is in format {described['format']}, but img2vid {__version__} reads up to {FORMAT}. "
+            "Run pip install -U img2vid."
         )
     return described

@@ -6,9 +6,9 @@ at exactly zero:
     x = x + temporal_fc(temporal_attn(temporal_norm1(x)))       temporal_fc = 0:  x = x + 0
     x = image_block(x)                                          the pretrained function, bit for bit
 
-Zero is not dead. With a = temporal_attn(...) copied from trained weights, dL/dW = (dL/dy) a^T for the gate's weight W is
-nonzero at once: the gate moves at the first step, and from the second on W^T (dL/dy) reaches the attention behind it.
-One zero per branch keeps the function for a moment; two in a row would keep it forever.
+Zero is not dead. With a = temporal_attn(...) copied from trained weights, dL/dW = (dL/dy) a^T for the gate's weight W
+is nonzero at once: the gate moves at the first step, and from the second on W^T (dL/dy) reaches the attention behind
+it. One zero per branch keeps the function for a moment; two in a row would keep it forever.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ def resample_time_embed(time_embed: Tensor, num_frames: int, mode: str = "linear
         mode: ``linear`` (half-pixel centres, so both ends of the clip keep their meaning) or ``nearest``, which is what
             the original TimeSformer does.
     """
-    if time_embed.shape[1] == num_frames:
+    # an exported program must not be fixed to the number of frames it was traced with
+    if not torch.compiler.is_exporting() and time_embed.shape[1] == num_frames:
         return time_embed
     signal = time_embed.float().transpose(1, 2)  # (1, D, T)
     if mode == "linear":

@@ -1,0 +1,1 @@
+"""Ratios measured in one run, interleaved, medians with their spread. No test asserts a time."""

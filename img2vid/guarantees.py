@@ -1,0 +1,39 @@
+"""What a conversion promises at step 0. docs/guarantees.md has the reasons, the certificate the proof."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from img2vid.config import VideoConfig
+
+KINDS = ("single", "static", "moving", "shuffled")  # of clips: one frame; one repeated; different ones; those shuffled
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """Which clips a conversion leaves unchanged at step 0: ``bitwise``, ``close`` (up to rounding), or not at all."""
+
+    summary: str
+    strength: dict[str, str] = field(default_factory=dict)  # kind of clip: "bitwise" | "close"
+
+    @classmethod
+    def of(cls, config: VideoConfig, num_prefix_tokens: int) -> Guarantee:
+        """What ``config`` promises on a backbone with that many prefix tokens inside its blocks."""
+        attention, prefix = config.attention, config.prefix_mode if num_prefix_tokens else "per_frame"
+        if attention == "divided_space_time" and config.gate == "none" and config.temporal_init != "zeros":
+            return cls("none: the temporal branch has no gate")
+        if attention == "joint_space_time":
+            kinds = ("single", "static") if prefix == "per_frame" or not num_prefix_tokens else ("single",)
+            promise = cls(f"{' and '.join(kinds)} clips, up to rounding", dict.fromkeys(kinds, "close"))
+        elif prefix == "shared":
+            promise = cls("single and static clips, up to rounding", dict.fromkeys(("single", "static"), "close"))
+        elif prefix == "global":
+            promise = cls("single frames, up to rounding", {"single": "close"})
+        else:
+            promise = cls("any clip, bit for bit on the same folded batch", dict.fromkeys(KINDS, "bitwise"))
+        if config.tubelet_size > 1 and config.tubelet_init == "average":
+            kinds = {kind: "close" for kind in ("single", "static") if kind in promise.strength}
+            return cls("static clips, up to rounding (averaged tubelets)" if kinds else promise.summary, kinds)
+        if config.tubelet_size > 1:
+            return cls(f"{promise.summary}, of each tubelet's central frame", promise.strength)
+        return promise

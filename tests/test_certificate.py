@@ -1,0 +1,178 @@
+"""The certificate must hold for honest conversions, and must not hold for sabotaged ones."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from img2vid.certificate import certify
+from img2vid.config import VideoConfig
+from img2vid.errors import Img2VidError
+from img2vid.guarantees import KINDS, Guarantee
+from img2vid.model import VideoModel, VideoTextModel
+from tests.conftest import randomize, small_clip, small_vit
+
+DESIGNS = [
+    # settings, clips that must come out unchanged
+    ({}, KINDS),
+    ({"prefix_mode": "shared"}, ("single", "static")),
+    ({"prefix_mode": "global"}, ("single",)),
+    ({"attention": "joint_space_time"}, ("single", "static")),
+    ({"attention": "joint_space_time", "prefix_mode": "shared"}, ("single",)),
+    ({"attention": "factorised_encoder"}, KINDS),
+    ({"attention": "space_only"}, KINDS),
+    ({"gate": "tanh"}, KINDS),
+    ({"gate": "none"}, ()),
+    ({"gate": "none", "temporal_init": "zeros"}, KINDS),
+    ({"temporal_init": "random"}, KINDS),
+    ({"tubelet_size": 2}, KINDS),
+    ({"tubelet_size": 2, "tubelet_init": "average"}, ("single", "static")),
+]
+
+
+def make(image_model=None, **settings):
+    image_model = image_model or small_vit()
+    reference = copy.deepcopy(image_model)
+    cls = VideoTextModel if hasattr(image_model, "visual") else VideoModel
+    return cls(image_model, VideoConfig(num_frames=4, **settings)), reference
+
+
+@pytest.mark.parametrize(("settings", "kept"), DESIGNS, ids=str)
+def test_guarantees_are_claimed_exactly_where_they_are_true(settings, kept):
+    video, image = make(**settings)
+    certificate = certify(video, image)
+    assert certificate.ok
+    for row in certificate.comparisons:
+        assert (row.claimed is not None) == (row.kind in kept)
+        if row.kind in kept:
+            assert row.held
+        else:  # not claimed because not true, not out of caution
+            assert row.feature_difference > 1e-3
+    assert certificate.guarantee == Guarantee.of(video.config, 1)
+
+
+def test_without_prefix_tokens_shared_is_per_frame():
+    image_model = small_vit(class_token=False, global_pool="avg")
+    video, image = make(image_model, prefix_mode="shared")
+    certificate = certify(video, image)
+    assert certificate.ok
+    assert {row.claimed for row in certificate.comparisons} == {"bitwise"}
+
+
+def test_it_leaves_the_model_as_it_was():
+    video, image = make()
+    randomize(video, seed=3)
+    before = {k: v.clone() for k, v in video.state_dict().items()}
+    flags = [p.requires_grad for p in video.parameters()]
+    video.train()
+    certify(video, image)
+    assert all(torch.equal(before[k], v) for k, v in video.state_dict().items())
+    assert flags == [p.requires_grad for p in video.parameters()]
+    assert video.training
+    assert all(p.grad is None for p in video.parameters())
+
+
+def test_a_trained_model_is_certified_with_gates_closed():
+    video, image = make()
+    with torch.no_grad():
+        for parameter in video.zero_parameters().values():
+            parameter.copy_(torch.linspace(-0.05, 0.05, parameter.numel()).view_as(parameter))
+    certificate = certify(video, image)
+    assert certificate.ok
+    assert certificate.gates_moved == pytest.approx(0.05)
+    assert certificate.reversible
+    assert certificate.perturbed_difference > 1e-3
+
+
+def shift(video, name):
+    with torch.no_grad():
+        video.get_parameter(name).view(-1)[0] += 1e-3
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.proj.weight", "pos_embed", "cls_token", "norm.bias"])
+def test_changed_image_weights_are_found(name):
+    video, image = make()
+    shift(video, name)
+    certificate = certify(video, image)
+    assert not certificate.ok
+    assert not certificate.held
+    assert certificate.image_weights_equal[0] == certificate.image_weights_equal[1] - 1
+
+
+def test_an_ungated_leak_is_found():
+    video, image = make()
+    video.blocks[1].temporal_drop_path = torch.nn.Hardtanh(1e-4, 1.0)  # never lets the branch be exactly zero
+    certificate = certify(video, image)
+    assert not certificate.held
+    assert certificate.comparisons[0].layer_differences[0] == 0
+    assert certificate.comparisons[0].layer_differences[1] > 0
+
+
+def test_nan_is_not_equal():
+    video, image = make()
+    with torch.no_grad():
+        video.blocks[0].temporal_attn.proj.weight.fill_(float("inf"))  # 0 * inf
+    assert not certify(video, image).held
+
+
+def test_a_frozen_function_is_found():
+    """A gate that nothing depends on: perturbing it must move the output, or the certificate fails."""
+    video, image = make(attention="divided_space_time", temporal_layers="last:1", time_embed="none")
+    video.blocks[2].temporal_residual = lambda x: torch.zeros_like(x)
+    certificate = certify(video, image)
+    assert certificate.held
+    assert not certificate.reversible
+    assert not certificate.alive
+    assert not certificate.ok
+
+
+def test_dead_initialisations_are_reported_not_hidden():
+    video, image = make(temporal_init="zeros")
+    certificate = certify(video, image)
+    assert certificate.held
+    assert not certificate.alive
+    assert not certificate.expected_alive
+    assert certificate.ok
+    assert "expected: temporal_init=zeros" in str(certificate)
+
+
+@pytest.mark.parametrize("gate", ["temporal_fc", "tanh"])
+def test_liveness_by_layer(gate):
+    certificate = certify(*make(gate=gate))
+    assert [layer.layer for layer in certificate.liveness] == ["blocks.0", "blocks.1", "blocks.2"]
+    for layer in certificate.liveness:
+        assert layer.gate[0] > 0
+        assert layer.attention[0] == 0
+        assert layer.attention[1] > 0
+
+
+def test_text_tower_is_compared():
+    model, image = make(small_clip())
+    assert certify(model, image).text_difference == 0
+    shift(model, "text_projection")
+    certificate = certify(model, image)
+    assert certificate.text_difference > 0
+    assert not certificate.ok
+
+
+def test_machine_readable_and_pretty():
+    certificate = certify(*make(), num_frames=(1, 3))
+    read = json.loads(certificate.to_json())
+    assert read["ok"] is True
+    assert [(r["kind"], r["num_frames"], r["held"]) for r in read["comparisons"]] == [
+        ("single", 1, True),
+        ("static", 3, True),
+        ("moving", 3, True),
+        ("shuffled", 3, True),
+    ]
+    assert "any clip, bit for bit" in str(certificate)
+    assert "3 of 3 layers learn" in str(certificate)
+
+
+def test_a_wrong_reference_is_refused():
+    video, _ = make()
+    with pytest.raises(Img2VidError, match="made from a VisionTransformer"):
+        certify(video, torch.nn.Linear(3, 3))
+    with pytest.raises(Img2VidError, match="VideoModel was given"):
+        certify(video, video)

@@ -1,0 +1,48 @@
+"""Every snippet of the README runs, and says what it claims."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from img2vid.cli import main as cli
+from img2vid.convert import main as convert
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", snippets("python"), ids=lambda code: code.split("\n")[2][:40])
+def test_python(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile("import torch, img2vid\n" + code, "README.md", "exec"), {})
+
+
+def test_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in snippets("bash") for line in block.splitlines() if "venv" not in line]
+    assert len(lines) >= 5
+    for line in lines:
+        words = shlex.split(line)
+        if words[:3] == ["python", "-m", "img2vid.convert"]:
+            assert convert(words[3:]) == 0, line
+        else:
+            assert words[0] == "img2vid"
+            assert cli(words[1:]) == 0, line
+
+
+def test_the_two_setup_commands():
+    commands = [block.strip() for block in snippets("bash") if "venv" in block]
+    assert len(commands) == 2
+    assert commands[0].endswith(".venv/bin/python -m img2vid.convert --backbone nano_clip")
+    assert commands[1].endswith("python -m pytest")
+
+
+def test_links_lead_somewhere():
+    root = Path(__file__).parents[1]
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (root / target).exists(), target
