@@ -20,6 +20,7 @@ from torch import nn
 from img2vid.backbones import load_backbone, wrap_module
 from img2vid.backbones.from_open_clip import vision_skeleton
 from img2vid.backbones.names import parse_name
+from img2vid.backbones.nano_clip import NANO_CLIP
 from img2vid.backbones.reading import block_kind, child
 from img2vid.backbones.tower import Backbone, ImageTower
 
@@ -42,7 +43,8 @@ def all_names() -> list[str]:
     """Every entrypoint and config the census looks at. Names that timm has deprecated are other names of these."""
     in_timm = [name for module in VIT_MODULES.split() for name in timm.list_models(module=module)]
     in_timm += [name for name in NOT_VITS.split() if timm.is_model(name)]
-    return [f"timm:{name}" for name in in_timm] + [f"open_clip:{name}" for name in open_clip.list_models()]
+    in_open_clip = [name for name in open_clip.list_models() if name != NANO_CLIP]  # ours, where it was registered
+    return [f"timm:{name}" for name in in_timm] + [f"open_clip:{name}" for name in in_open_clip]
 
 
 def load_full_size(name: str) -> Backbone:
