@@ -55,13 +55,13 @@ def load_full_size(name: str) -> Backbone:
     return wrap_module(vision_skeleton(parsed, {}))
 
 
-def load_small(name: str, full: ImageTower) -> nn.Module:
-    """The same architecture with two blocks and a few patches, on the CPU, every weight random."""
+def load_small(name: str, full: ImageTower, depth: int = DEPTH) -> nn.Module:
+    """The same architecture with few blocks and a few patches, on the CPU, every weight random."""
     parsed = parse_name(name)
     if parsed.library == "timm":
-        return randomise(load_backbone(name, random_weights=True, arguments=shrunk(full)).model).eval()
+        return randomise(load_backbone(name, random_weights=True, arguments=shrunk(full, depth)).model).eval()
     config = copy.deepcopy(get_model_config(parsed.architecture))
-    with small_vision(config, full):
+    with small_vision(config, full, depth):
         tower = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
     return randomise(tower).eval()
 
@@ -77,29 +77,29 @@ def load_small_with_text(name: str) -> nn.Module:
         cls = open_clip.CoCa
     else:
         cls = open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
-    with small_vision(config, load_full_size(name).tower):
+    with small_vision(config, load_full_size(name).tower, DEPTH):
         model = cls(**config)
     return randomise(model).eval()
 
 
-def shrunk(full: ImageTower) -> dict[str, Any]:
+def shrunk(full: ImageTower, depth: int) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` for the small version."""
     height, width = (n * patch for n, patch in zip(GRID, full.patch_size, strict=True))
-    smaller: dict[str, Any] = {"depth": DEPTH, "img_size": height if height == width else (height, width)}
+    smaller: dict[str, Any] = {"depth": depth, "img_size": height if height == width else (height, width)}
     if isinstance(getattr(full.module, "trunk", full.module), eva.Eva):  # takes one number of key/value heads per block
         attentions = [child(block, block_kind(block).attn) for _, block in full.blocks]
         kv_heads = sorted({attn.num_kv_heads for attn in attentions if hasattr(attn, "num_kv_heads")})
         if kv_heads:
-            smaller["num_kv_heads"] = (kv_heads * DEPTH)[:DEPTH]
+            smaller["num_kv_heads"] = (kv_heads * depth)[:depth]
     return smaller
 
 
 @contextmanager
-def small_vision(config: dict[str, Any], full: ImageTower) -> Iterator[None]:
+def small_vision(config: dict[str, Any], full: ImageTower, depth: int) -> Iterator[None]:
     """Make an open_clip config's image tower small, in place and, as ``TimmModel`` takes no depth, in timm."""
     if not config["vision_cfg"].get("timm_model_name"):
-        config["vision_cfg"] |= {"layers": DEPTH, "image_size": GRID[0] * full.patch_size[0]}
-    with mock.patch.object(timm, "create_model", partial(timm.create_model, **shrunk(full))):
+        config["vision_cfg"] |= {"layers": depth, "image_size": GRID[0] * full.patch_size[0]}
+    with mock.patch.object(timm, "create_model", partial(timm.create_model, **shrunk(full, depth))):
         yield
 
 

@@ -25,7 +25,7 @@ from img2vid.backbones.from_timm import image_class
 from img2vid.backbones.reading import block_kind, child, read_block
 from img2vid.backbones.tower import ImageTower
 from tests.census.checks import MODES, check_full_size, check_modes, check_small, kinds_of_attention
-from tests.census.models import load_full_size, load_small
+from tests.census.models import DEPTH, load_full_size, load_small
 
 RESULTS = Path("runs/census")
 
@@ -61,7 +61,7 @@ class Row:
         return (self.library, self.tower, self.block, self.attention, self.pool, self.position, prefix)
 
 
-def examine(name: str, num_frames: Sequence[int] = (1, 2, 3)) -> Row:
+def examine(name: str, num_frames: Sequence[int] = (1, 2, 3), depth: int = DEPTH) -> Row:
     """Convert and run one architecture. Whatever goes wrong is in the row."""
     row = Row(name)
     with exact_arithmetic():
@@ -77,7 +77,7 @@ def examine(name: str, num_frames: Sequence[int] = (1, 2, 3)) -> Row:
             describe_row(row, full)
             kinds = kinds_of_attention(full)
             row.checks |= check_full_size(full)
-            image = load_small(name, full)
+            image = load_small(name, full, depth)
             row.checks["small has every kind of block"] = kinds_of_attention(describe(image)) == kinds
             checks, row.copy_error = check_small(image, num_frames)
             row.checks |= checks
