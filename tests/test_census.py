@@ -16,7 +16,7 @@ PAGE = read_page()
 KNOWN = set(all_names())  # to the installed libraries, which may be older or newer than the page's
 
 
-@pytest.mark.parametrize("name", sorted(KNOWN & set(PAGE.strata)))
+@pytest.mark.parametrize("name", [name for name in PAGE.sample() if name in KNOWN])
 def test_smallest_of_each_kind(name):
     row = examine(name, num_frames=(1, 2, 3, 8), depth=1)
     assert row.outcome == "converted", row.text

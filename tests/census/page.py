@@ -14,7 +14,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
 TITLES = {"timm": "timm entrypoints", "open_clip": "open_clip configs"}
 OUTCOMES = ("converted", "refused", "failed")
 STRATUM = ("tower", "block", "attention", "pool", "positions", "prefix tokens")
-FOUND = ("architectures", "bitwise", "left behind in the copy", "prefix modes", "joint attention", "smallest")
+FOUND = (
+    "architectures",
+    "bitwise",
+    "left behind in the copy",
+    "prefix modes",
+    "joint attention",
+    "parameters",
+    "smallest",
+)
 REFUSAL = ("what is said", "architectures", "for example")
 
 INTRO = """# Supported backbones
@@ -36,9 +44,9 @@ For each architecture the census checks, with random weights that are moved away
   codes), wherever nothing but rotary codes is left behind. The largest relative difference was {copy_error:.1e}.
 
 "Left behind" are parts of an image block's attention that have no counterpart along time; everything else is copied.
-Prefix modes and joint attention were certified on the smallest architecture of each row, and what a backbone cannot do
-is refused with the reason. `img2vid inspect timm:vit_base_patch16_224` says the same for one backbone. The tower
-"TimmModel: Eva" is timm's Eva inside an open_clip model.
+Prefix modes and joint attention were certified on the smallest architecture of each row, one block deep, and what a
+backbone cannot do is refused with the reason. `img2vid inspect timm:vit_base_patch16_224` says the same for one
+backbone. The tower "TimmModel: Eva" is timm's Eva inside an open_clip model.
 """
 
 REFUSED = """## Refused
@@ -61,7 +69,7 @@ def write_page(rows: list[Row], modes: dict[str, dict[str, bool | str]], path: P
         parts.append(f"## {TITLES[library]}\n\n{table((*STRATUM, *FOUND), lines)}")
         for tower in dict.fromkeys(stratum[0] for stratum in strata):
             names = [row.name for stratum, members in strata.items() if stratum[0] == tower for row in members]
-            parts.append(folded(f"{tower}, {len(names)} architectures", names))
+            parts.append(folded(f"{tower}: {len(names)}", names))
     refused: dict[str, list[str]] = {}
     for row in rows:
         if row.outcome == "refused":
@@ -98,6 +106,7 @@ def describe(members: list[Row], modes: dict[str, bool | str]) -> tuple[str, ...
         "; ".join(left_behind) or "nothing",
         ", ".join(prefix),
         ", ".join(joint) or "no",
+        f"{smallest.parameters / 1e6:.1f} M",
         f"`{smallest.name}`",
     )
 
@@ -117,8 +126,19 @@ class Page:
 
     versions: str
     strata: dict[str, tuple[str, ...]]  # smallest architecture: what it stands for
+    parameters: dict[str, float]  # of those, in millions
     converted: list[str]
     refusals: dict[str, str]  # one architecture of each kind: what is said
+
+    def sample(self) -> list[str]:
+        """The smallest architecture of each (block, attention, pool, positions, prefix tokens), and of each tower."""
+        chosen, seen = [], set()
+        for name in sorted(self.strata, key=lambda name: (self.parameters[name], name)):
+            _, tower, *kind = self.strata[name]
+            if {tower, tuple(kind)} - seen:
+                chosen.append(name)
+                seen |= {tower, tuple(kind)}
+        return chosen
 
 
 def read_page(path: Path = PAGE) -> Page:
@@ -127,14 +147,12 @@ def read_page(path: Path = PAGE) -> Page:
         [cell.strip(" `") for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"
     ]
     lines = [line for line in lines if ":" in line[-1] and not line[-1].startswith("---")]
+    strata = [line for line in lines if len(line) == len(STRATUM) + len(FOUND)]
     supported = text.partition("## Refused\n")[0].splitlines()
     return Page(
         versions=re.search(r"was made with\n(.*)\.\n", text)[1],
-        strata={
-            line[-1]: (line[-1].partition(":")[0], *line[: len(STRATUM)])
-            for line in lines
-            if len(line) == len(STRATUM) + len(FOUND)
-        },
+        strata={line[-1]: (line[-1].partition(":")[0], *line[: len(STRATUM)]) for line in strata},
+        parameters={line[-1]: float(line[-2].removesuffix(" M")) for line in strata},
         converted=[name for line in supported if line[:1] == "`" for name in re.findall(r"`(.+?)`", line)],
         refusals={line[-1]: line[0] for line in lines if len(line) == len(REFUSAL)},
     )

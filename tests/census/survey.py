@@ -158,7 +158,7 @@ def examine_as_dict(name: str) -> dict[str, Any]:
 
 def examine_modes(name: str) -> dict[str, bool | str]:
     with exact_arithmetic():
-        return check_modes(load_small(name, load_full_size(name).tower))
+        return check_modes(load_small(name, load_full_size(name).tower, depth=1))
 
 
 def run_all(function: Callable[[str], dict], names: Iterable[str], kept_in: Path, workers: int) -> dict[str, dict]:
