@@ -163,7 +163,7 @@ class VideoModel(Overlay, Saving):
                 f"Frames of {size[0]} x {size[1]} pixels were given, but this backbone's positions are fixed to "
                 f"{native[0]} x {native[1]}. Resize the clip, or convert with image_size=({size[0]}, {size[1]})."
             )
-        if size[0] % patch[0] or size[1] % patch[1]:
+        if tuple(size) != native and (size[0] % patch[0] or size[1] % patch[1]):
             raise ClipError(
                 f"Frames of {size[0]} x {size[1]} pixels cannot be cut into patches of {patch[0]} x {patch[1]}; "
                 f"use multiples, such as {native[0]} x {native[1]}."

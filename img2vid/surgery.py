@@ -88,6 +88,11 @@ def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
             f"the {tower.position} positions and attention of {name}. Use per_frame or shared."
         )
     if config.attention == "joint_space_time":
+        if "talking-heads mixing" in read_block(block).left_behind:
+            raise ConfigError(
+                f"joint_space_time would not keep the function of {name} on static clips: its heads are mixed after "
+                "the softmax with a bias per key, which counts T times. Use divided_space_time."
+            )
         if kind.relative:
             raise ConfigError(
                 f"joint_space_time cannot stretch the relative position bias of {name} over several frames. "

@@ -59,16 +59,22 @@ def load_timm(
     arguments = dict(arguments or {})
     full_name = name.architecture + (f".{name.tag}" if name.tag else "")
     described = dict(arguments)
-    arguments = {"num_classes": 0, **with_any_size(full_name, arguments)}
-    describe_timm(skeleton(full_name, arguments))  # refuse before downloading anything
+    arguments, model = with_any_size(full_name, {"num_classes": 0, **arguments})
+    tower = describe_timm(model)  # refuse before downloading anything
+    is_ragged = any(pixels % patch for pixels, patch in zip(tower.image_size, tower.patch_size, strict=True))
+    if is_ragged and "dynamic_img_size" not in described:
+        # SigLIP at 384 pixels is 27.4 patches of 14: timm takes that as a fixed size only
+        arguments.pop("dynamic_img_size", None)
+        model = skeleton(full_name, arguments)
     dropped: list[str] = []
     if weights is None and not random_weights:
         with fetching(str(name)):
             model = timm.create_model(full_name, pretrained=True, **arguments)
         source = f"timm {full_name}"
     else:
-        with torch.device(device):
-            model = timm.create_model(full_name, pretrained=False, **arguments)
+        if device != "meta":
+            with torch.device(device):
+                model = timm.create_model(full_name, pretrained=False, **arguments)
         source = None
         if weights is not None:
             dropped = load_file(model, weights)
@@ -87,16 +93,21 @@ def check_known(name: BackboneName) -> None:
         raise BackboneError(f"timm has no weights {name.tag!r} for {name.architecture}. It has: {have}.")
 
 
-def with_any_size(full_name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Ask for images of any size in forward where the architecture can (``dynamic_img_size``)."""
+def with_any_size(full_name: str, arguments: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
+    """Ask for images of any size in forward where the architecture can (``dynamic_img_size``).
+
+    Returns:
+        The arguments to build it with, and the model they build, without numbers.
+    """
     wanted = {"dynamic_img_size": True, **arguments}
     try:
-        skeleton(full_name, {"num_classes": 0, **wanted})
+        return wanted, skeleton(full_name, wanted)
     except TypeError as error:
         if "dynamic_img_size" in arguments or "dynamic_img_size" not in str(error):
             raise BackboneError(f"timm cannot build {full_name} with {arguments}: {error}") from error
-        return arguments
-    return wanted
+        return arguments, skeleton(full_name, arguments)
+    except (RuntimeError, AssertionError) as error:  # old names of weights that were withdrawn, arguments at odds
+        raise BackboneError(f"timm cannot build {full_name}: {error}") from error
 
 
 def skeleton(full_name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -207,7 +218,9 @@ def effective_patch(embed: nn.Module) -> tuple[int, int]:
 
 def position_kind(trunk: nn.Module, embed: nn.Module, kind: Any) -> str:
     kinds = []
-    if getattr(trunk, "pos_embed", None) is not None or getattr(embed, "pos_embed", None) is not None:
+    # NaFlexVit keeps its table in ``embeds``, in one piece or factorised into rows and columns
+    tables = (getattr(trunk, "pos_embed", None), getattr(embed, "pos_embed", None), getattr(embed, "pos_embed_y", None))
+    if any(table is not None for table in tables):
         kinds.append("learned 2-D")
     if getattr(trunk, "rope", None) is not None:
         kinds.append("rotary, per block" if getattr(trunk, "rope_mixed", False) else "rotary")

@@ -77,9 +77,8 @@ def rotary(attn: nn.Module) -> dict[str, Any]:
 
 
 def relative(attn: nn.Module) -> dict[str, Any]:
-    """BEiT and relative-position ViTs: the bias table belongs to a spatial window."""
-    has_bias = any(getattr(attn, name, None) is not None for name in ("relative_position_bias_table", "rel_pos"))
-    return {**fused(attn), "left_behind": ("relative position bias (it is spatial)",) if has_bias else ()}
+    """BEiT and relative-position ViTs: the bias, in the block or shared by all of them, belongs to a spatial window."""
+    return {**fused(attn), "left_behind": ("relative position bias (it is spatial)",)}
 
 
 def talking_heads(attn: nn.Module) -> dict[str, Any]:
