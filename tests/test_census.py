@@ -1,5 +1,7 @@
 """Every kind of backbone converts and runs; ``-m census`` does so with every single one."""
 
+import os
+
 import pytest
 import timm
 
@@ -62,8 +64,9 @@ def test_models_with_a_text_tower(name):
 
 @pytest.mark.census
 def test_every_architecture(tmp_path):
-    rows = survey(sorted(KNOWN), tmp_path / "rows.jsonl")
-    modes = survey_modes(rows, tmp_path / "modes.jsonl")
+    workers = os.cpu_count() or 1
+    rows = survey(sorted(KNOWN), tmp_path / "rows.jsonl", workers)
+    modes = survey_modes(rows, tmp_path / "modes.jsonl", workers)
     write_page(rows, modes, RESULTS / "backbones.md")
     assert {row.name: row.text for row in rows if row.outcome == "failed"} == {}
     assert {name: mode for name, found in modes.items() for mode, held in found.items() if held is False} == {}
