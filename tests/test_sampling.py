@@ -1,6 +1,7 @@
 """Samplers against index lists worked by hand, naive restatements, and properties of all inputs."""
 
 from fractions import Fraction
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -123,7 +124,7 @@ def test_dense_runs(frames, num_frames, interval, seed, policy):
         indices = sampling.dense_indices(frames, num_frames, interval, rng, policy)
         assert len(indices) == num_frames and all(0 <= i < frames for i in indices)
         if frames >= sampling.span(num_frames, interval):
-            assert all(b - a == interval for a, b in zip(indices, indices[1:], strict=False))
+            assert all(b - a == interval for a, b in pairwise(indices))
         elif policy == "repeat_last":
             assert indices == sorted(indices) and indices[0] == 0 and indices[-1] == frames - 1
         else:
@@ -144,7 +145,7 @@ def test_views_cover_start_and_end(frames, num_frames, interval, num_clips):
     assert starts == sorted(starts)
     if num_clips > 1:
         assert starts[0] == 0 and views[-1][-1] == frames - 1
-        gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(starts)]
         assert max(gaps) - min(gaps) <= 1
 
 

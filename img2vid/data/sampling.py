@@ -22,6 +22,7 @@ deterministic choice made in testing.
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 from random import Random
 
 SHORT_POLICIES = ("repeat_last", "wrap", "error")
@@ -38,7 +39,7 @@ def segment_indices(frames: int, num_frames: int, rng: Random | None = None) -> 
         return [(2 * i + 1) * frames // (2 * num_frames) for i in range(num_frames)]
     starts = [i * frames // num_frames for i in range(num_frames + 1)]
     # A part without frames (fewer frames than parts) takes the frame it starts at.
-    return [rng.randrange(a, b) if b > a else a for a, b in zip(starts, starts[1:], strict=False)]
+    return [rng.randrange(a, b) if b > a else a for a, b in pairwise(starts)]
 
 
 def dense_indices(
