@@ -3,3 +3,27 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import clips
+import pytest
+
+from img2vid.data.lists import read_list
+from img2vid.data.transforms import InputSpec
+
+SPEC = InputSpec(size=32, mean=(0.48, 0.45, 0.40), std=(0.26, 0.25, 0.27))
+
+
+@pytest.fixture(scope="session")
+def video_folder(tmp_path_factory):
+    """Ten readable videos of 8 to 26 frames in two classes, for tests that must not write there."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(10):
+        path = folder / ("run" if i % 2 else "jump") / f"v{i}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        clips.encode(path, frames=8 + 2 * i, size=(48, 64), seed=i, options={"g": "6", "bf": "2"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def videos(video_folder):
+    return read_list(video_folder)
