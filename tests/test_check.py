@@ -46,15 +46,14 @@ def mixed(tmp_path_factory):
 def test_everything_wrong_is_found_named_and_counted(mixed, capsys):
     assert check.main([str(mixed / "list.csv"), "--min-frames", "8", "--num-workers", "2"]) == 1
     printed = capsys.readouterr().out
-    rows = list(csv.DictReader(open(mixed / "list.checked.csv")))
+    rows = list(csv.DictReader((mixed / "list.checked.csv").read_text().splitlines()))
     assert [(Path(r["path"]).name, r["label"], r["frames"]) for r in rows] == [
         ("good.mp4", "run", "20"),
         ("copy.mp4", "run", "20"),
         ("avi.avi", "walk", "11"),
     ]
-    kinds = {
-        Path(r["path"]).name + r["where"][-6:]: r["kind"] for r in csv.DictReader(open(mixed / "list.quarantine.csv"))
-    }
+    found = csv.DictReader((mixed / "list.quarantine.csv").read_text().splitlines())
+    kinds = {Path(r["path"]).name + r["where"][-6:]: r["kind"] for r in found}
     assert kinds == {
         "gone.mp4 row 4": "missing",
         "text.mp4 row 5": "undecodable",

@@ -89,18 +89,7 @@ def test_workers_give_the_same_clips_as_none(videos, start):
     dataset = train_set(videos)
     places = [Position(1, position) for position in range(10)]
     alone = [dataset[place] for place in places]
-    loader = (
-        DataLoader(
-            dataset,
-            batch_size=1,
-            sampler=places,
-            num_workers=2,
-            multiprocessing_context=start,
-            collate_fn=lambda b: b[0],
-        )
-        if start == "fork"
-        else DataLoader(dataset, None, sampler=places, num_workers=2, multiprocessing_context=start)
-    )
+    loader = DataLoader(dataset, None, sampler=places, num_workers=2, multiprocessing_context=start)
     together = list(loader)
     assert len(together) == 10
     for one, other in zip(alone, together, strict=True):

@@ -37,6 +37,10 @@ class FrameFolderReader:
         decoded = {index: self._image(self.files[index]) for index in sorted(set(indices))}
         return [decoded[index] for index in indices]
 
+    def stream_frames(self, first: int, stop: int):
+        """The frames first .. stop - 1 in order, one at a time."""
+        return (self._image(file) for file in self.files[first:stop])
+
     def _image(self, file: Path):
         from torchvision.io import ImageReadMode, decode_image, read_file
 

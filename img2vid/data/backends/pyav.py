@@ -200,6 +200,14 @@ class PyAVReader:
         last = self._read_sequentially([count - 1])[0]
         return [found.get(i, last) for i in indices]
 
+    def stream_frames(self, first: int, stop: int):
+        """The frames first .. stop - 1 in order, one at a time, decoding from the start: for whole videos."""
+        for number, frame in enumerate(self._decode_all()):
+            if number >= stop:
+                return
+            if number >= first:
+                yield self._rgb(frame)
+
     # -- decoding ------------------------------------------------------------------------------------------------------
 
     def _decode_all(self):
