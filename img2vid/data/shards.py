@@ -17,7 +17,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from img2vid.data.datasets import ClipSampler
 from img2vid.data.errors import ListError, VideoError, missing_extra
@@ -94,13 +94,15 @@ class ShardedVideos(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __len__(self) -> int:
+    @property
+    def share(self) -> int:
+        """Samples of this process in an epoch. (Not `__len__`: loaders would take it for whole batches.)"""
         return self.samples_per_epoch // self.world_size
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        mine = len(self) // workers + (number < len(self) % workers)
+        mine = _shares(self.share, workers)[number]
         stream = self.rank * workers + number  # a different order in every worker of every process
         seed = draw_seed(self.seed, self.epoch, stream)
         done = bad = 0
@@ -153,3 +155,29 @@ class ShardedVideos(IterableDataset):
             damaged = reader.damaged
         clip = self.transform(clip, draw)
         return {"clip": clip, "label": -1 if label is None else label, "caption": caption, "damaged_packets": damaged}
+
+
+class ShardLoader(DataLoader):
+    """A DataLoader over `ShardedVideos` whose `len` counts whole batches, as many as will come.
+
+    Every worker fills batches of its own, so each may drop an unfinished one at the end. Iterating again is the next
+    epoch.
+    """
+
+    _begun = False
+
+    def __len__(self) -> int:
+        shares = _shares(self.dataset.share, max(1, self.num_workers))
+        return sum(share // self.batch_size if self.drop_last else -(-share // self.batch_size) for share in shares)
+
+    def __iter__(self):
+        # Trainers tell the epoch to samplers only, and a stream has none; nor do they always run to the very end.
+        if self._begun:
+            self.dataset.set_epoch(self.dataset.epoch + 1)
+        self._begun = True
+        yield from super().__iter__()
+
+
+def _shares(samples: int, workers: int) -> list[int]:
+    """How many samples each worker makes; they differ by one at most."""
+    return [samples // workers + (number < samples % workers) for number in range(workers)]
