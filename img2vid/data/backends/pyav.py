@@ -146,28 +146,24 @@ class PyAVReader:
         return found
 
     def _decode_from(self, key_pts: int, pending: list[int], skipping: bool) -> dict[int, np.ndarray]:
-        """Decode from one keyframe for as long as that is no dearer than seeking again. Empty if the seek missed."""
+        """Decode from one keyframe until the next wanted frame has a later keyframe. Empty if the seek missed."""
         context, got = self.stream.codec_context, {}
-        remaining = set(pending)
+        remaining, latest_key = set(pending), None
         self.container.seek(key_pts, stream=self.stream, backward=True)
-        landed = False
         for packet in self.container.demux(self.stream):
-            if not landed:
+            if latest_key is None:
                 if packet.pts is None or packet.pts > key_pts or not packet.is_keyframe:
                     return {}
-                landed = True
-            elif packet.is_keyframe and packet.size:
-                upcoming = min(remaining)
-                # All before this keyframe is done, and the next wanted frame has a later keyframe of its own: jump.
-                if upcoming >= packet.pts and self.index.keyframe_for(upcoming) > packet.pts:
-                    break
+                latest_key = key_pts
+            elif packet.is_keyframe and packet.pts is not None:
+                latest_key = max(latest_key, packet.pts)
             if skipping:
                 context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in remaining else "NONREF"
             for frame in self._decode(packet, since=key_pts):
                 if frame.pts in remaining:
                     got[frame.pts] = self._rgb(frame)
                     remaining.discard(frame.pts)
-            if not remaining:
+            if not remaining or self.index.keyframe_for(min(remaining)) > latest_key:
                 break
         context.skip_frame = "DEFAULT"
         return got
