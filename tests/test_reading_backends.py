@@ -133,3 +133,12 @@ def test_a_folder_of_frames(folder, tmp_path):
     Image.fromarray(pictures[0][:50]).save(tmp_path / "frame_14.png")
     with pytest.raises(VideoError, match="change size"):
         read_clip(tmp_path, [0, 14])
+
+
+def test_a_missing_ffmpeg_is_explained(folder, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("Could not load libtorchcodec. Likely causes: FFmpeg is not installed")
+
+    monkeypatch.setattr("torchcodec.decoders.VideoDecoder", fails)
+    with pytest.raises(ImportError, match="found no FFmpeg it can load"):
+        read_clip(clips.make("one_frame", folder / "noffmpeg"), [0], backend="torchcodec")
