@@ -5,10 +5,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import clips
+import hypothesis
 import pytest
 
 from img2vid.data.lists import read_list
 from img2vid.data.transforms import InputSpec
+
+# No time limit per example: on a busy machine it fails tests that are right.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 SPEC = InputSpec(size=32, mean=(0.48, 0.45, 0.40), std=(0.26, 0.25, 0.27))
 

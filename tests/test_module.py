@@ -176,3 +176,21 @@ def test_two_processes_share_epochs_and_evaluation(video_folder, tmp_path):
         assert len(shares[0]) == len(shares[1]) == 4 and not set(shares[0]) & set(shares[1])
     validated = [[i for b in rank if b[0] == "val" for i in b[1]] for rank in ranks]
     assert sorted(validated[0] + validated[1]) == sorted(list(range(10)) * 2)
+
+
+def test_the_command_line_and_yaml_can_build_it(tmp_path):
+    """Every argument has a type a parser understands, and a checkpointed module holds plain values only."""
+    from jsonargparse import ArgumentParser
+
+    config = tmp_path / "data.yaml"
+    config.write_text(
+        "data:\n  train_list: t.csv\n  num_frames: 4\n  rand_augment: [2, 9]\n  scale: [0.5, 1.0]\n"
+        "  spec: {size: 32, mean: [0.5, 0.5, 0.5], std: [0.2, 0.2, 0.2], interpolation: bilinear}\n"
+    )
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(VideoData, "data")
+    module = parser.instantiate_classes(parser.parse_args(["--config", str(config)])).data
+    assert (module.hparams.num_frames, module.spec.size, module.spec.interpolation) == (4, 32, "bilinear")
+    torch.save(dict(module.hparams), tmp_path / "h.pt")
+    assert torch.load(tmp_path / "h.pt", weights_only=True)["spec"]["size"] == 32

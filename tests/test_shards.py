@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,14 @@ def test_bad_samples_are_named_and_limited(shards, tmp_path, caplog):
         stream([])
     with pytest.raises(VideoError, match="none of the 1 class_names"):
         list(stream(shards, class_names=["swim"]))
+
+
+def test_what_a_tar_cannot_hold_is_refused(videos, tmp_path):
+    for row in (replace(videos.rows[0], start_seconds=0.1), replace(videos.rows[0], path=str(tmp_path))):
+        with pytest.raises(ListError, match="prepare"):
+            write_shards([row], tmp_path / "s", 4)
+    with pytest.raises(ValueError, match="videos_per_shard=0"):
+        write_shards(videos.rows, tmp_path / "s", 0)
 
 
 def test_prepare_writes_shards(video_folder, tmp_path):

@@ -33,10 +33,15 @@ VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov")
 def write_shards(rows: Sequence[Row], folder, videos_per_shard: int) -> list[Path]:
     """Write rows as shards of `videos_per_shard` videos, in a fixed shuffled order; the paths of the shards.
 
+    Rows with a time range, and folders of frames, must be prepared first (ListError): a tar holds whole files.
     Shuffled, because a list sorted by class would give batches of one class. Each shard appears whole or not at all.
     """
     if videos_per_shard < 1:
         raise ValueError(f"videos_per_shard={videos_per_shard}: expected 1 or more")
+    for row in rows:
+        if row.start_seconds is not None or row.end_seconds is not None or not os.path.isfile(row.path):
+            problem = "has a time range, is no file or is a folder: run 'img2vid data prepare --shard-videos N' instead"
+            raise ListError(f"{row.where or row.path}: {problem}")
     folder, order, shards = Path(folder), list(range(len(rows))), []
     folder.mkdir(parents=True, exist_ok=True)
     random.Random(0).shuffle(order)
