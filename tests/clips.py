@@ -88,6 +88,15 @@ def rotate_tag(path, degrees: int):
     return path
 
 
+def end_early(path):
+    """Halve the length in the edit list of an mp4: packets after it are cut off, though the file still holds them."""
+    data = bytearray(Path(path).read_bytes())
+    at = data.find(b"elst") + 12
+    struct.pack_into(">I", data, at, struct.unpack_from(">I", data, at)[0] // 2)
+    Path(path).write_bytes(data)
+    return path
+
+
 def audio_only(path):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
@@ -122,6 +131,7 @@ HARD = {
     "variable_rate": ("a.mp4", dict(pts=VARIABLE, **_x264(bf=2, g=12))),
     "variable_rate_mkv": ("a.mkv", dict(pts=VARIABLE, **_x264(bf=2, g=12))),
     "edit_list": ("a.mp4", dict(trim_seconds=0.7, **_x264(bf=2, g=12))),
+    "edit_list_end": ("a.mp4", dict(end_early=True, **_x264(bf=2, g=12))),
     "trim_open_gop": (
         "a.mp4",
         dict(trim_seconds=0.9, options={"x264-params": "open-gop=1:keyint=10:bframes=3:b-adapt=0:scenecut=0"}),
@@ -169,7 +179,7 @@ HARD = {
 def make(name: str, folder: Path) -> Path:
     file_name, recipe = HARD[name]
     recipe = dict(recipe)
-    trim, rotation = recipe.pop("trim_seconds", None), recipe.pop("rotation", None)
+    trim, rotation, early = (recipe.pop(key, None) for key in ("trim_seconds", "rotation", "end_early"))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name
     encode(path if trim is None else folder / f"whole{path.suffix}", **recipe)
@@ -177,6 +187,8 @@ def make(name: str, folder: Path) -> Path:
         stream_copy(folder / f"whole{path.suffix}", path, trim)
     if rotation is not None:
         rotate_tag(path, rotation)
+    if early:
+        end_early(path)
     return path
 
 

@@ -55,6 +55,8 @@ def test_the_hard_clips_are_hard(folder):
     """The generator does what its names say, else the test above proves nothing."""
     with open_video(clips.make("edit_list", folder / "e")) as reader:
         assert reader.index.discarded > 0 and len(reader.index.pts) < reader.index.packets
+    with open_video(clips.make("edit_list_end", folder / "ee")) as reader:
+        assert len(reader.index.pts) == 20 and reader.stream.frames == 40 and reader.damaged == 0
     with open_video(clips.make("open_gop", folder / "o")) as reader:
         assert reader.index.open_gop and len(reader.index.keyframes) > 2
     with open_video(clips.make("variable_rate", folder / "v")) as reader:

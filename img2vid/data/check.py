@@ -52,7 +52,7 @@ def check_row(row: Row, min_frames: int = 1, decode: bool = True) -> Finding:
     try:
         with open_video(row.path, on_error="conceal") as reader:
             frames = reader.decode_everything() if decode and hasattr(reader, "decode_everything") else reader.frames
-            damaged = reader.damaged + (reader.index.damaged if hasattr(reader, "index") else 0)
+            damaged = reader.damaged
             reader.read([0])
             first, stop = sampling.frame_range(frames, reader.fps, row.start_seconds, row.end_seconds)
     except (VideoError, IndexError) as error:

@@ -69,9 +69,8 @@ def probe(source, decode: bool = False, backend: str = "auto", name: str | None 
     with open_video(source, backend, "conceal", name) as reader:
         if decode and hasattr(reader, "decode_everything"):
             reader.decode_everything()
-            counted = reader.damaged
-            info = reader.info
-            return replace(info, damaged_packets=info.damaged_packets - reader.damaged + counted)
+            counted = reader.damaged  # before `info` decodes a frame again
+            return replace(reader.info, damaged_packets=counted)
         return reader.info
 
 
@@ -101,7 +100,7 @@ def read_clip(
     with open_video(source, backend, on_error, name) as reader:
         clip, _ = read_chosen(reader, indices)
         if reader.damaged:
-            text = f"{reader.label}: {reader.damaged} damaged packets were concealed, frames may be wrong"
+            text = f"{reader.label}: {reader.damaged} damaged packets, concealed or missing; frames may be wrong"
             warnings.warn(text, DamagedVideoWarning, stacklevel=2)
     return clip if short_side is None else resize_short_side(clip, short_side)
 

@@ -15,7 +15,8 @@ from bisect import bisect_right
 
 import av
 
-INDEXED_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+MP4_FAMILY = "mov,mp4,m4a,3gp,3g2,mj2"
+INDEXED_CONTAINERS = {MP4_FAMILY, "matroska,webm"}
 DECODE_ERRORS = (av.FFmpegError, ValueError, OverflowError)
 
 
@@ -45,9 +46,9 @@ class PacketIndex:
                     timestamps.append(packet.pts)
         except DECODE_ERRORS:
             self.damaged += 1  # the container breaks off here; what came before is still readable
-        # A header that promises more packets than the file holds: it was cut off.
-        if container.format.name in INDEXED_CONTAINERS and stream.frames > self.packets:
-            self.damaged += stream.frames - self.packets
+        # An mp4 lists its packets up front (without those an edit list cuts off): missing ones were lost.
+        if container.format.name == MP4_FAMILY:
+            self.damaged += max(0, len(stream.index_entries) - self.packets)
         self.pts = sorted(timestamps) if self._tells(container, timestamps) else None
 
     def _tells(self, container, timestamps) -> bool:

@@ -27,7 +27,7 @@ class PyAVReader:
 
     def __init__(self, source, label: str, on_error: str = "raise"):
         self.source, self.label, self.on_error = source, label, on_error
-        self.damaged = 0  # packets refused or concealed by the decoder so far
+        self._concealed = 0  # packets refused or concealed by the decoder so far
         self.container = self._count = None
         self._rotation = 0
         self._reformatter = VideoReformatter()
@@ -76,6 +76,11 @@ class PyAVReader:
         return Fraction(rate) if rate else None
 
     @property
+    def damaged(self) -> int:
+        """Packets damaged or missing in the container, and those the decoder has refused or concealed so far."""
+        return self.index.damaged + self._concealed
+
+    @property
     def frames(self) -> int:
         """How many frames there are: from the index if it tells, otherwise by decoding once."""
         if self._count is None and self.index.pts is not None:
@@ -104,11 +109,11 @@ class PyAVReader:
             container=self.container.format.name,
             duration_seconds=float(frames / fps) if fps else None,
             rotation=self._rotation,
-            damaged_packets=self.index.damaged + self.damaged,
+            damaged_packets=self.damaged,
         )
 
     def decode_everything(self) -> int:
-        """Decode the whole video once and return how many frames came out; damage is counted in `damaged`."""
+        """Decode the whole video once and return how many frames came out; damage is counted anew."""
         self._count = sum(1 for _ in self._decode_all())
         return self.frames
 
@@ -192,8 +197,8 @@ class PyAVReader:
         """The index promised frames the decoder could not give: an error, or the last good frame, counted."""
         if self.on_error == "raise":
             raise self._damage(f"{promised - count} of {promised} frames could not be decoded")
-        self.damaged += sum(1 for i in set(indices) if i >= count)
         last = self._read_sequentially([count - 1])[0]
+        self._concealed += sum(1 for i in set(indices) if i >= count)
         return [found.get(i, last) for i in indices]
 
     def stream_frames(self, first: int, stop: int):
@@ -209,12 +214,12 @@ class PyAVReader:
     def _decode_all(self):
         """Every frame in order, from the start: the reference that indexed reading must agree with."""
         self._open()  # not every container can seek back to its very first packet
-        self.damaged = 0  # the whole file is decoded anew, so what was counted before would count twice
+        self._concealed = 0  # the whole file is decoded anew, so what was counted before would count twice
         try:
             for packet in self.container.demux(self.stream):
                 yield from self._decode(packet)
         except DECODE_ERRORS as error:
-            self.damaged += 1
+            self._concealed += 1
             if self.on_error == "raise":
                 raise self._damage(f"the container breaks off ({_reason(error)})") from error
 
@@ -224,13 +229,13 @@ class PyAVReader:
         except av.error.EOFError:
             return []
         except DECODE_ERRORS as error:
-            self.damaged += 1
+            self._concealed += 1
             if self.on_error == "raise":
                 raise self._damage(f"a packet could not be decoded ({_reason(error)})") from error
             return []
         # Leading frames of an open GOP lack their references after a seek: broken, but never wanted.
         concealed = sum(frame.is_corrupt for frame in frames if since is None or (frame.pts or 0) >= since)
-        self.damaged += concealed
+        self._concealed += concealed
         if concealed and self.on_error == "raise":
             raise self._damage("the decoder had to conceal damage")
         return frames
