@@ -109,6 +109,29 @@ def test_truncated_files_raise_or_count(folder):
     assert same(clip, reference, [0, 5])
 
 
+@pytest.mark.parametrize("name", ["variable_rate_mkv", "vp9", "lossless_rgb", "plain_avi", "bframes_avi", "h264_avi"])
+def test_avi_and_matroska_that_were_cut_off_are_noticed_wherever_the_cut_is(folder, name):
+    whole = clips.make(name, folder / f"cut{name}").read_bytes()
+    assert probe(whole).damaged_packets == 0
+    for share in (0.5, 0.66, 0.9, 0.99):
+        cut = whole[: int(share * len(whole))]
+        with pytest.raises(VideoError, match="damaged or missing"):
+            read_clip(cut, [0])
+        assert probe(cut).damaged_packets > 0
+
+
+def test_a_length_that_is_not_known_is_no_damage(folder):
+    """Live recordings: Matroska with all bits of the length set, AVI with length 0."""
+    matroska = bytearray(clips.make("vp9", folder / "live").read_bytes())
+    at = matroska.find(b"\x18\x53\x80\x67") + 4
+    assert matroska[at] == 1  # eight bytes of length
+    matroska[at : at + 8] = b"\x01" + b"\xff" * 7
+    assert read_clip(bytes(matroska), [0, 39]).shape[0] == 2
+    avi = bytearray(clips.make("plain_avi", folder / "live2").read_bytes())
+    avi[4:8] = bytes(4)
+    assert read_clip(bytes(avi), [0, 39]).shape[0] == 2
+
+
 def flip_bits(data: bytes, seed: int, flips: int = 30) -> bytes:
     """Damage in the coded pictures, the index at the end left alone."""
     rng, out = random.Random(seed), bytearray(data)

@@ -13,6 +13,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from img2vid.data.backends import VideoInfo, check_indices
+from img2vid.data.backends.declared_size import cut_off_bytes
 from img2vid.data.backends.packet_index import DECODE_ERRORS, PacketIndex
 from img2vid.data.errors import VideoError
 
@@ -34,6 +35,8 @@ class PyAVReader:
         try:
             self._open()
             self.index = PacketIndex(self.container, self.stream)
+            if not self.index.damaged and cut_off_bytes(source):
+                self.index.damaged = 1  # at least: how many packets were lost with the end, nobody knows
         except DECODE_ERRORS as error:
             self.close()
             raise VideoError.about(label, f"not readable as a video ({_reason(error)})") from error
@@ -44,7 +47,7 @@ class PyAVReader:
             self.close()
             if self.index.packets == 0:
                 raise VideoError.about(label, "the video stream holds no frames")
-            raise self._damage(f"{self.index.damaged} of its packets are damaged or missing")
+            raise self._damage(f"packets are damaged or missing (at least {self.index.damaged}); it may be cut off")
 
     def _open(self) -> None:
         self.close()
