@@ -15,6 +15,8 @@ from img2vid.data.manifest import Row, VideoList
 from img2vid.data.order import EpochOrder, Position, draw_seed
 from img2vid.data.transforms import TestTransform, TrainTransform
 
+LATE_STARTS = ("spawn", "forkserver")  # their workers import everything anew, which takes seconds
+
 
 def as_read(clip, seed=None):
     """No transform: what was read, as it was read."""
@@ -84,7 +86,7 @@ def test_time_ranges_captions_and_counts(videos):
         VideoDataset(late, ClipSampler(4), as_read)[0]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", *(pytest.param(s, marks=pytest.mark.multiprocess) for s in LATE_STARTS)])
 def test_workers_give_the_same_clips_as_none(videos, start):
     dataset = train_set(videos)
     places = [Position(1, position) for position in range(10)]

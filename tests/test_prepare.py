@@ -93,8 +93,8 @@ def test_folders_of_frames_can_be_prepared(tmp_path):
     (tmp_path / "in" / "walk" / "clip1").mkdir(parents=True)
     for t, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / "in" / "walk" / "clip1" / f"{t}.png")
-    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "out"), "--num-workers", "1"]) == 0
-    row = read_list(tmp_path / "out" / "manifest.csv").rows[0]
+    row = prepare.prepare_row(read_list(tmp_path / "in").rows[0], tmp_path / "out", prepare.Encoding())
+    assert row.frames == 9
     clip = read_clip(row.path, range(9)).permute(0, 2, 3, 1).numpy()
     assert np.abs(clip.astype(float) - pictures).mean() < 6
 
