@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from img2vid.checkpoints.native import load
     from img2vid.config import VideoConfig
     from img2vid.convert import convert
+    from img2vid.data import probe, read_clip
     from img2vid.errors import Img2VidError
     from img2vid.model import VideoModel, VideoTextModel
 
@@ -29,6 +30,8 @@ PUBLIC = {
     "convert": "img2vid.convert",
     "load": "img2vid.checkpoints.native",
     "load_backbone": "img2vid.backbones",
+    "probe": "img2vid.data",
+    "read_clip": "img2vid.data",
 }
 
 __all__ = [
@@ -42,6 +45,8 @@ __all__ = [
     "convert",
     "load",
     "load_backbone",
+    "probe",
+    "read_clip",
 ]
 
 

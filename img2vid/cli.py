@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -45,23 +46,44 @@ def certify_main(argv: Sequence[str]) -> int:
     return 0 if certificate.ok else 1
 
 
+DATA = {
+    "check": ("img2vid.data.check", "find what is wrong with a list of videos, and name it"),
+    "prepare": ("img2vid.data.prepare", "re-encode a list so that reading it is several times faster"),
+    "synth": ("img2vid.data.synthetic", "write a set of moving digits as real video files"),
+}
+
+
+def data_main(argv: Sequence[str]) -> int:
+    parser = command_parser("img2vid data", COMMANDS["data"][1], {name: what for name, (_, what) in DATA.items()})
+    options = parser.parse_args(argv[:1])
+    return importlib.import_module(DATA[options.command][0]).main(list(argv[1:]))
+
+
+def command_parser(prog: str, description: str, commands: dict[str, str]) -> argparse.ArgumentParser:
+    """A parser of one word, whose help lists what the word can be."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="commands:\n" + "\n".join(f"  {name:<10} {what}" for name, what in commands.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=commands, metavar="command", help="see below; each has its own --help")
+    return parser
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "convert": (convert_main, "turn an image transformer into a video transformer, with proof"),
     "inspect": (inspect_main, "show what is inside a backbone or a saved model, and what is guaranteed"),
     "certify": (certify_main, "compare a saved model with its image model again"),
+    "data": (data_main, "check and prepare lists of videos, write synthetic ones"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="img2vid",
-        description="Pretrained image transformers become video transformers, provably the same function at step 0.",
-        epilog="commands:\n" + "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Pretrained image transformers become video transformers, provably the same function at step 0."
+    parser = command_parser("img2vid", description, {name: what for name, (_, what) in COMMANDS.items()})
     parser.add_argument("--version", action="version", version=f"img2vid {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below; each has its own --help")
     options = parser.parse_args(argv[:1])
     try:
         return COMMANDS[options.command][0](argv[1:])

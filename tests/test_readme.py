@@ -4,8 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from img2vid.cli import main as cli
 from img2vid.convert import main as convert
 
@@ -16,10 +14,14 @@ def snippets(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", snippets("python"), ids=lambda code: code.split("\n")[2][:40])
-def test_python(code, tmp_path, monkeypatch):
+def test_python(tmp_path, monkeypatch):
+    """One after the other in one session, as a reader would."""
     monkeypatch.chdir(tmp_path)
-    exec(compile("import torch, img2vid\n" + code, "README.md", "exec"), {})
+    names = {}
+    assert len(snippets("python")) >= 4
+    for code in snippets("python"):
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["features"].shape == (1, 192)
 
 
 def test_commands(tmp_path, monkeypatch, capsys):

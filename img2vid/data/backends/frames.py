@@ -1,0 +1,70 @@
+"""A folder of JPEG or PNG frames as a video: frame i is the i-th file name, numbers in names counted as numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from img2vid.data.backends import VideoInfo, check_indices
+from img2vid.data.errors import VideoError
+
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+def natural_key(path: Path) -> list:
+    """frame_2 before frame_10: digits compare as numbers, the rest as text."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+class FrameFolderReader:
+    """Reads a folder of images as one video. Its rate is unknown: `fps` is None."""
+
+    fps = None
+
+    def __init__(self, source: str, label: str, on_error: str = "raise"):
+        self.label, self.on_error, self.damaged = label, on_error, 0
+        if not Path(source).is_dir():
+            raise VideoError.about(label, 'not a folder; backend="frames" reads a folder of JPEG or PNG files')
+        # Names starting with a dot are other programs' companions ("._x.jpg"), not frames.
+        found = (p for p in Path(source).iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        self.files = sorted(found, key=natural_key)
+        if not self.files:
+            raise VideoError.about(label, "a folder without frames (.jpg, .jpeg or .png files)")
+        self.frames = self.likely_frames = len(self.files)
+
+    def read(self, indices, count: bool = False) -> list:
+        indices = check_indices(indices, self.frames, self.label)
+        decoded = {index: self._image(self.files[index]) for index in sorted(set(indices))}
+        return [decoded[index] for index in indices]
+
+    def stream_frames(self, first: int, stop: int):
+        """The frames first .. stop - 1 in order, one at a time."""
+        return (self._image(file) for file in self.files[first:stop])
+
+    def _image(self, file: Path):
+        from torchvision.io import ImageReadMode, decode_image, read_file
+
+        try:
+            image = decode_image(read_file(str(file)), mode=ImageReadMode.RGB)  # (3, H, W)
+        except RuntimeError as error:
+            raise VideoError.about(self.label, f"frame {file.name} is not readable ({_first_line(error)})") from error
+        return image.permute(1, 2, 0).numpy()  # (H, W, 3)
+
+    @property
+    def info(self) -> VideoInfo:
+        height, width = self.read([0])[0].shape[:2]
+        codec = self.files[0].suffix.lower().lstrip(".").replace("jpg", "jpeg")
+        return VideoInfo(self.frames, None, height, width, codec, "folder", None)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,271 @@
+"""The default reader: PyAV, indexed by packets (packet_index.py), exact against a sequential decode.
+
+Frames no other frame refers to are not decoded unless wanted (`skip_frame = "NONREF"`): bit-exact for the codecs
+listed, and only safe with one thread, because the setting must hold for exactly the packet it was made for.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from img2vid.data.backends import VideoInfo, check_indices
+from img2vid.data.backends.declared_size import cut_off_bytes
+from img2vid.data.backends.packet_index import DECODE_ERRORS, PacketIndex
+from img2vid.data.errors import VideoError
+
+# Demuxers that take text for video: a typescript as ANSI art, a playlist or a script as somebody else's files.
+REFUSED_CONTAINERS = {"tty", "hls", "concat", "dash", "vapoursynth", "lavfi", "sdp", "webm_dash_manifest"}
+SKIP_NONREF_CODECS = {"h264", "hevc", "mpeg4"}
+MAX_PIXELS = 16384 * 8192  # a flipped bit in a header can ask for a frame of many gigabytes
+
+
+class PyAVReader:
+    """Reads one video. Use as a context manager: an unclosed reader leaks its file descriptor."""
+
+    def __init__(self, source, label: str, on_error: str = "raise"):
+        self.source, self.label, self.on_error = source, label, on_error
+        self._concealed = 0  # packets refused or concealed by the decoder so far
+        self.container = self._count = None
+        self._rotation = 0
+        self._reformatter = VideoReformatter()
+        try:
+            self._open()
+            self.index = PacketIndex(self.container, self.stream)
+            if not self.index.damaged and cut_off_bytes(source):
+                self.index.damaged = 1  # at least: how many packets were lost with the end, nobody knows
+        except DECODE_ERRORS as error:
+            self.close()
+            raise VideoError.about(label, f"not readable as a video ({_reason(error)})") from error
+        except BaseException:
+            self.close()
+            raise
+        if self.index.packets == 0 or (self.index.damaged and on_error == "raise"):
+            self.close()
+            if self.index.packets == 0:
+                raise VideoError.about(label, "the video stream holds no frames")
+            raise self._damage(f"packets are damaged or missing (at least {self.index.damaged}); it may be cut off")
+
+    def _open(self) -> None:
+        self.close()
+        if hasattr(self.source, "seek"):
+            self.source.seek(0)
+        self.container = av.open(
+            self.source,
+            mode="r",
+            metadata_errors="replace",
+            options={"threads": "1"},
+            container_options={"protocol_whitelist": "file"},
+        )
+        name = self.container.format.name
+        if REFUSED_CONTAINERS & set(name.split(",")):
+            raise VideoError.about(self.label, f"this is a {name} file, not a video")
+        stream = self.container.streams.best("video")  # .video[0] may be the cover picture
+        if stream is None or stream.codec_context is None:
+            kinds = sorted({other.type for other in self.container.streams}) or ["nothing"]
+            raise VideoError.about(self.label, f"holds no decodable video stream (it holds: {', '.join(kinds)})")
+        stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        self.stream = stream
+
+    # -- what the video is ---------------------------------------------------------------------------------------------
+
+    @property
+    def fps(self) -> Fraction | None:
+        rate = self.stream.average_rate or self.stream.guessed_rate
+        return Fraction(rate) if rate else None
+
+    @property
+    def damaged(self) -> int:
+        """Packets damaged or missing in the container, and those the decoder has refused or concealed so far."""
+        return self.index.damaged + self._concealed
+
+    @property
+    def frames(self) -> int:
+        """How many frames there are: from the index if it tells, otherwise by decoding once."""
+        if self._count is None and self.index.pts is not None:
+            return len(self.index.pts)
+        if self._count is None:
+            self._count = sum(1 for _ in self._decode_all())
+        if not self._count:
+            raise VideoError.about(self.label, "none of its frames could be decoded")
+        return self._count
+
+    @property
+    def likely_frames(self) -> int:
+        """`frames` without decoding anything: exact where there is an index, the number of packets elsewhere."""
+        return self.frames if self.index.pts is not None or self._count is not None else self.index.packets
+
+    @property
+    def info(self) -> VideoInfo:
+        frames, fps = self.frames, self.fps
+        first = self.read([0])[0]
+        return VideoInfo(
+            frames=frames,
+            fps=fps,
+            height=first.shape[0],
+            width=first.shape[1],
+            codec=self.stream.codec_context.codec.canonical_name,
+            container=self.container.format.name,
+            duration_seconds=float(frames / fps) if fps else None,
+            rotation=self._rotation,
+            damaged_packets=self.damaged,
+        )
+
+    def decode_everything(self) -> int:
+        """Decode the whole video once and return how many frames came out; damage is counted anew."""
+        self._count = sum(1 for _ in self._decode_all())
+        return self.frames
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def read(self, indices, count: bool = False) -> list[np.ndarray]:
+        """uint8 RGB arrays (H, W, 3), one per index. IndexError outside the video, VideoError where it is damaged.
+
+        count: if frames are found by decoding anyway, decode on to the end, so that `frames` is known at no extra pass.
+        """
+        try:
+            indices = [int(index) for index in indices]
+            if not indices:
+                return []
+            if self.index.pts is None:
+                return self._read_sequentially(indices, to_end=count and self._count is None)
+            check_indices(indices, self.frames, self.label)
+            found = self._read_indexed(sorted(set(indices)))
+            # A pts that never came out of the decoder: the index was wrong about this file, so trust the decoder.
+            return self._read_sequentially(indices) if found is None else [found[i] for i in indices]
+        except DECODE_ERRORS as error:
+            raise VideoError.about(self.label, f"decoding failed ({_reason(error)})") from error
+
+    def _read_indexed(self, wanted: list[int]) -> dict[int, np.ndarray] | None:
+        frame_of = {self.index.pts[i]: i for i in wanted}
+        pending = sorted(frame_of)
+        found = {}
+        skipping = self.stream.codec_context.name in SKIP_NONREF_CODECS
+        while pending:
+            got = self._decode_from(self.index.keyframe_for(pending[0]), pending, skipping)
+            if not got:
+                return None
+            found.update((frame_of[pts], array) for pts, array in got.items())
+            pending = [pts for pts in pending if pts not in got]
+        return found
+
+    def _decode_from(self, key_pts: int, pending: list[int], skipping: bool) -> dict[int, np.ndarray]:
+        """Decode from one keyframe until the next wanted frame has a later keyframe. Empty if the seek missed."""
+        context, got = self.stream.codec_context, {}
+        remaining, latest_key = set(pending), None
+        self.container.seek(key_pts, stream=self.stream, backward=True)
+        for packet in self.container.demux(self.stream):
+            if latest_key is None:
+                if packet.pts is None or packet.pts > key_pts or not packet.is_keyframe:
+                    return {}
+                latest_key = key_pts
+            elif packet.is_keyframe and packet.pts is not None:
+                latest_key = max(latest_key, packet.pts)
+            if skipping:
+                context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in remaining else "NONREF"
+            for frame in self._decode(packet, since=key_pts):
+                if frame.pts in remaining:
+                    got[frame.pts] = self._rgb(frame)
+                    remaining.discard(frame.pts)
+            if not remaining or self.index.keyframe_for(min(remaining)) > latest_key:
+                break
+        context.skip_frame = "DEFAULT"
+        return got
+
+    def _read_sequentially(self, indices: list[int], to_end: bool = False) -> list[np.ndarray]:
+        if any(index < 0 for index in indices):
+            check_indices(indices, self.frames, self.label)
+        wanted, last, found, count = set(indices), max(indices), {}, 0
+        for frame in self._decode_all():
+            if count in wanted:
+                found[count] = self._rgb(frame)
+            count += 1
+            if count > last and not to_end:
+                return [found[i] for i in indices]
+        promised = len(self.index.pts) if self.index.pts is not None else self.index.packets if self.damaged else count
+        self._count = count
+        if len(found) == len(wanted):
+            return [found[i] for i in indices]
+        if not count:
+            raise VideoError.about(self.label, "none of its frames could be decoded")
+        if last >= promised:
+            check_indices(indices, count, self.label)
+        return self._repeat_lost(indices, found, count, promised)
+
+    def _repeat_lost(self, indices, found, count, promised) -> list[np.ndarray]:
+        """The index promised frames the decoder could not give: an error, or the last good frame, counted."""
+        if self.on_error == "raise":
+            raise self._damage(f"{promised - count} of {promised} frames could not be decoded")
+        last = self._read_sequentially([count - 1])[0]
+        self._concealed += sum(1 for i in set(indices) if i >= count)
+        return [found.get(i, last) for i in indices]
+
+    def stream_frames(self, first: int, stop: int):
+        """The frames first .. stop - 1 in order, one at a time, decoding from the start: for whole videos."""
+        for number, frame in enumerate(self._decode_all()):
+            if number >= stop:
+                return
+            if number >= first:
+                yield self._rgb(frame)
+
+    # -- decoding ------------------------------------------------------------------------------------------------------
+
+    def _decode_all(self):
+        """Every frame in order, from the start: the reference that indexed reading must agree with."""
+        self._open()  # not every container can seek back to its very first packet
+        self._concealed = 0  # the whole file is decoded anew, so what was counted before would count twice
+        try:
+            for packet in self.container.demux(self.stream):
+                yield from self._decode(packet)
+        except DECODE_ERRORS as error:
+            self._concealed += 1
+            if self.on_error == "raise":
+                raise self._damage(f"the container breaks off ({_reason(error)})") from error
+
+    def _decode(self, packet, since: int | None = None) -> list:
+        try:
+            frames = packet.decode()
+        except av.error.EOFError:
+            return []
+        except DECODE_ERRORS as error:
+            self._concealed += 1
+            if self.on_error == "raise":
+                raise self._damage(f"a packet could not be decoded ({_reason(error)})") from error
+            return []
+        # Leading frames of an open GOP lack their references after a seek: broken, but never wanted.
+        concealed = sum(frame.is_corrupt for frame in frames if since is None or (frame.pts or 0) >= since)
+        self._concealed += concealed
+        if concealed and self.on_error == "raise":
+            raise self._damage("the decoder had to conceal damage")
+        return frames
+
+    def _rgb(self, frame) -> np.ndarray:
+        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
+        array = rgb.to_ndarray()  # (H, W, 3)
+        self._rotation = frame.rotation
+        turns = round(frame.rotation / 90)
+        return np.rot90(array, turns) if turns else array
+
+    def _damage(self, what: str) -> VideoError:
+        return VideoError.about(
+            self.label, f'{what}. Read it all the same with on_error="conceal", which counts damage'
+        )
+
+    def close(self) -> None:
+        if self.container is not None:
+            self.container.close()
+            self.container = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

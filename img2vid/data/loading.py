@@ -1,0 +1,105 @@
+"""Loaders that know where they are: exact over processes and workers, resumable in the middle of an epoch.
+
+    sampler = TrainSampler(len(dataset), rank=0, world_size=2)
+    loader = ClipLoader(dataset, batch_size=8, sampler=sampler, drop_last=True, num_workers=4)
+    state = loader.state_dict()                # {"epoch": 3, "batches": 17}: the same on every rank
+    loader.load_state_dict(state)              # the next batch is batch 17 of epoch 3
+
+Both samplers are DistributedSamplers, so that Lightning tells them the epoch and leaves them in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from img2vid.data.order import Position
+
+
+class TrainSampler(DistributedSampler):
+    """The positions of one process in each epoch's order: rank, rank + world_size, ...; all ranks get equally many.
+
+    The order itself (a permutation by seed and epoch) is the dataset's, see order.py. `start` is where the next
+    iteration begins, counted in samples of this rank, and is used once.
+    """
+
+    def __init__(self, rows: int, rank: int = 0, world_size: int = 1):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}: expected 0 to {world_size - 1} (world_size={world_size})")
+        if rows < world_size:
+            raise ValueError(f"{rows} videos cannot be shared among {world_size} processes")
+        # Without the parent's __init__: it asks for a dataset and pads it.
+        self.rows, self.rank, self.num_replicas, self.epoch, self.start = rows, rank, world_size, 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        return self.rows // self.num_replicas
+
+    def __iter__(self) -> Iterator[Position]:
+        start, self.start = self.start, 0
+        for step in range(start, len(self)):
+            yield Position(self.epoch, step * self.num_replicas + self.rank)
+
+
+class EvalSampler(DistributedSampler):
+    """Every row exactly once over all processes, in order: ranks may differ by one, and nothing is counted twice."""
+
+    def __init__(self, rows: int, rank: int = 0, world_size: int = 1):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}: expected 0 to {world_size - 1} (world_size={world_size})")
+        self.rows, self.rank, self.num_replicas, self.epoch = rows, rank, world_size, 0
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.rows, self.num_replicas))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.rows, self.num_replicas))
+
+
+class ClipLoader(DataLoader):
+    """A DataLoader over a `TrainSampler` whose state counts the batches given out, not those workers made ahead.
+
+    Iteration starts with the first `next`, not with `iter`: whoever asks for an iterator early (Lightning does) can
+    still set the epoch before the workers begin.
+    """
+
+    batches = 0
+
+    def __iter__(self):
+        self.batches = self.sampler.start // self.batch_size
+        for batch in super().__iter__():
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.sampler.epoch, "batches": self.batches}
+
+    def load_state_dict(self, state: dict) -> None:
+        epoch, batches = state["epoch"], state["batches"]
+        if batches >= len(self):  # saved after the epoch's last batch
+            epoch, batches = epoch + 1, 0
+        self.sampler.set_epoch(epoch)
+        self.sampler.start, self.batches = batches * self.batch_size, batches
+
+
+def one_thread(worker_id: int) -> None:
+    """Workers are the parallelism; threads inside them would only get in each other's way."""
+    torch.set_num_threads(1)
+
+
+def worker_options(num_workers: int, timeout_seconds: float, start_method: str | None = None) -> dict:
+    """DataLoader arguments for workers that cannot hang in silence."""
+    if num_workers == 0:
+        return {"num_workers": 0}
+    return {
+        "num_workers": num_workers,
+        "timeout": timeout_seconds,
+        "worker_init_fn": one_thread,
+        "persistent_workers": True,
+        "multiprocessing_context": start_method,
+    }

@@ -1,0 +1,92 @@
+"""Samplers and loaders: every row where it belongs, over processes, workers and interruptions."""
+
+import pytest
+import torch
+
+from img2vid.data.datasets import ClipSampler, VideoDataset
+from img2vid.data.loading import ClipLoader, EvalSampler, TrainSampler, worker_options
+from img2vid.data.transforms import TrainTransform
+from tests.data.conftest import SPEC
+
+
+def loader(videos, rank=0, world_size=1, batch_size=2, num_workers=0, seed=0):
+    dataset = VideoDataset(videos, ClipSampler(2), TrainTransform(SPEC), train=True, seed=seed)
+    sampler = TrainSampler(len(dataset), rank, world_size)
+    options = worker_options(num_workers, 60)
+    return ClipLoader(dataset, batch_size, sampler=sampler, drop_last=True, **options)
+
+
+def rows(batches):
+    return [index for batch in batches for index in batch["index"].tolist()]
+
+
+def test_ranks_share_an_epoch_without_overlap(videos):
+    for world_size in (1, 2, 3):
+        shares = [rows(loader(videos, rank, world_size, 1)) for rank in range(world_size)]
+        assert {len(share) for share in shares} == {10 // world_size}
+        together = [row for share in shares for row in share]
+        assert len(set(together)) == len(together)
+
+
+def test_two_ranks_see_what_one_sees(videos):
+    alone = rows(loader(videos))
+    shares = [rows(loader(videos, rank, 2, 1)) for rank in range(2)]
+    assert [index for pair in zip(*shares, strict=True) for index in pair] == alone
+
+
+def test_epochs_differ(videos):
+    source = loader(videos)
+    first = rows(source)
+    source.sampler.set_epoch(1)
+    assert rows(source) != first
+    source.sampler.set_epoch(0)
+    assert rows(source) == first
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_epoch_gives_exactly_the_rest(videos, num_workers):
+    whole = loader(videos, num_workers=num_workers)
+    whole.sampler.set_epoch(3)
+    expected = list(whole)
+    for stop in range(6):
+        stopped = loader(videos, num_workers=num_workers)
+        stopped.sampler.set_epoch(3)
+        batches = iter(stopped)
+        taken = [next(batches) for _ in range(stop)]
+        state = stopped.state_dict()
+        assert state == {"epoch": 3, "batches": stop}
+        resumed = loader(videos, num_workers=num_workers)
+        resumed.load_state_dict(state)
+        if stop == 5:
+            assert resumed.sampler.epoch == 4
+            rest = []
+        else:
+            resumed.sampler.set_epoch(3)  # told again, as trainers do: the place is kept
+            rest = list(resumed)
+        assert len(taken + rest) == len(expected) == len(resumed) == 5
+        for got, want in zip(taken + rest, expected, strict=True):
+            assert torch.equal(got["clip"], want["clip"]) and torch.equal(got["index"], want["index"])
+        resumed.sampler.set_epoch(4)
+        assert len(list(resumed)) == 5  # the next epoch is a whole one
+
+
+def test_the_epoch_may_be_set_after_the_iterator_was_asked_for(videos):
+    late, early = loader(videos), loader(videos)
+    batches = iter(late)
+    late.sampler.set_epoch(2)
+    early.sampler.set_epoch(2)
+    assert rows(batches) == rows(early)
+
+
+def test_evaluation_sees_every_row_once():
+    for world_size in (1, 2, 3, 7, 20):
+        shares = [list(EvalSampler(10, rank, world_size)) for rank in range(world_size)]
+        assert sorted(row for share in shares for row in share) == list(range(10))
+        assert [len(EvalSampler(10, rank, world_size)) for rank in range(world_size)] == [len(s) for s in shares]
+
+
+def test_wrong_ranks():
+    with pytest.raises(ValueError, match="rank=2: expected 0 to 1"):
+        TrainSampler(10, 2, 2)
+    with pytest.raises(ValueError, match="3 videos cannot be shared among 4"):
+        TrainSampler(3, 0, 4)

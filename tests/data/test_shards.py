@@ -1,0 +1,102 @@
+"""Webdataset shards: what goes in comes out, epochs have a fixed length, bad samples are named."""
+
+import io
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from img2vid.data import ListError, VideoError, prepare
+from img2vid.data.check import named_rows
+from img2vid.data.datasets import ClipSampler
+from img2vid.data.lists import read_list
+from img2vid.data.shards import ShardedVideos, write_shards
+from img2vid.data.transforms import TrainTransform
+from tests.data.conftest import SPEC
+
+
+@pytest.fixture
+def shards(videos, tmp_path):
+    return write_shards(named_rows(videos, videos.rows), tmp_path / "shards", 4)
+
+
+def stream(shards, samples=12, **options):
+    options = {"class_names": ["jump", "run"], "shuffle_buffer": 4, **options}
+    return ShardedVideos(shards, ClipSampler(4), TrainTransform(SPEC), samples, **options)
+
+
+def test_shards_hold_every_video_once_and_unchanged(videos, shards):
+    assert [shard.name for shard in shards] == ["000000.tar", "000001.tar", "000002.tar"]
+    found = {}
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            found |= {name: tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".mp4")}
+    assert len(found) == 10
+    assert found["00000003.mp4"] == Path(videos.rows[3].path).read_bytes()
+    with tarfile.open(shards[0]) as tar:
+        first = [name for name in tar.getnames() if name.endswith(".mp4")]
+    assert first != sorted(found)[:4]  # shuffled, for lists sorted by class
+
+
+def test_an_epoch_has_a_fixed_length_whatever_the_shards(shards):
+    for world_size, workers in ((1, 0), (1, 2), (3, 2)):
+        for rank in range(world_size):
+            dataset = stream(shards, 13, rank=rank, world_size=world_size)
+            items = list(DataLoader(dataset, None, num_workers=workers))
+            assert len(items) == dataset.share == 13 // world_size
+            assert all(item["clip"].shape == (4, 3, 32, 32) and item["label"] in (0, 1) for item in items)
+
+
+def test_streams_repeat_by_seed_and_epoch_and_differ_by_rank(shards):
+    def clips_of(**options):
+        dataset = stream(shards, 6, world_size=1, **{k: v for k, v in options.items() if k != "epoch"})
+        dataset.set_epoch(options.get("epoch", 0))
+        return torch.stack([item["clip"] for item in dataset])
+
+    assert torch.equal(clips_of(seed=1), clips_of(seed=1))
+    assert not torch.equal(clips_of(seed=1), clips_of(seed=2))
+    assert not torch.equal(clips_of(seed=1), clips_of(seed=1, epoch=1))
+    assert not torch.equal(clips_of(seed=1), clips_of(seed=1, rank=1))
+
+
+def broken_shard(path):
+    with tarfile.open(path, "w") as tar:
+        for name, data in (("1.mp4", b"no video"), ("1.json", b'{"label": 1}')):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_bad_samples_are_named_and_limited(shards, tmp_path, caplog):
+    broken = broken_shard(tmp_path / "bad.tar")
+    with pytest.raises(VideoError, match=r"bad\.tar sample 1"):
+        list(stream([broken]))
+    items = list(stream([*shards, broken], 20, max_bad_videos=30))
+    assert len(items) == 20 and "bad.tar sample 1" in caplog.text
+    with pytest.raises(ListError, match=r"gone\.tar: no such shard"):
+        stream([tmp_path / "gone.tar"])
+    with pytest.raises(ListError, match="no shards"):
+        stream([])
+    with pytest.raises(VideoError, match="none of the 1 class_names"):
+        list(stream(shards, class_names=["swim"]))
+
+
+def test_what_a_tar_cannot_hold_is_refused(videos, tmp_path):
+    for row in (replace(videos.rows[0], start_seconds=0.1), replace(videos.rows[0], path=str(tmp_path))):
+        with pytest.raises(ListError, match="prepare"):
+            write_shards([row], tmp_path / "s", 4)
+    with pytest.raises(ValueError, match="videos_per_shard=0"):
+        write_shards(videos.rows, tmp_path / "s", 0)
+
+
+def test_prepare_writes_shards(video_folder, tmp_path):
+    arguments = [str(video_folder), str(tmp_path / "out"), "--num-workers", "1", "--shard-videos", "5"]
+    assert prepare.main(arguments) == 0
+    shards = sorted((tmp_path / "out" / "shards").glob("*.tar"))
+    assert len(shards) == 2
+    names = read_list(tmp_path / "out" / "manifest.csv").class_names
+    assert len(list(stream(shards, 6, class_names=names))) == 6
