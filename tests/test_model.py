@@ -1,5 +1,7 @@
 import copy
+import os
 import pickle
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -352,3 +354,82 @@ def test_export_with_any_batch_and_number_of_frames(settings, clips):
     with torch.no_grad():
         other = torch.randn(1, 5, 3, 32, 32)
         torch.testing.assert_close(program.module()(other), video(other), atol=1e-5, rtol=1e-5)
+
+
+def test_clips_of_different_lengths_in_one_backward():
+    """Blocks that run again during backward must remember the T they first ran with."""
+    gradients = []
+    for enable in (False, True):
+        video, _ = make(small_vit())
+        randomize(video, seed=9).train()
+        video.set_grad_checkpointing(enable)
+        torch.manual_seed(0)
+        long, short = torch.randn(2, 4, 3, 32, 32), torch.randn(4, 2, 3, 32, 32)
+        (video(long).square().sum() + video(short).square().sum()).backward()
+        gradients.append({name: p.grad for name, p in video.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_a_whole_module_can_be_saved(clips, tmp_path):
+    video, _ = make(small_vit(), prefix_mode="shared")
+    torch.save(randomize(video, seed=9), tmp_path / "module.pt")
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "module.pt", weights_only=False)(clips), video(clips))
+
+
+@pytest.mark.slow
+def test_compiles_forward_and_backward(clips):
+    video, _ = make(small_vit())
+    randomize(video, seed=9)
+    compiled = torch.compile(video)
+    torch.testing.assert_close(compiled(clips), video(clips), atol=1e-4, rtol=1e-4)
+    compiled(clips).sum().backward()
+    assert all(p.grad is not None for p in video.parameters())
+
+
+@pytest.mark.multiprocess
+def test_ddp_and_fsdp2_see_every_parameter_by_its_own_name(tmp_path):
+    """Two processes: no unused parameter for DDP, and a full state dict with the image keys from FSDP2."""
+    import subprocess
+    import sys
+
+    script = tmp_path / "run.py"
+    script.write_text(
+        """
+import copy, torch, torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from img2vid.config import VideoConfig
+from img2vid.model import VideoModel
+from tests.conftest import randomize, small_vit
+
+dist.init_process_group("gloo")
+model = randomize(VideoModel(small_vit(), VideoConfig()), seed=9)
+reference = copy.deepcopy(model)
+parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+for num_frames in (1, 3, 2):
+    torch.manual_seed(dist.get_rank())
+    parallel(torch.randn(2, num_frames, 3, 32, 32)).sum().backward()
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+for block in model.blocks:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+clips = torch.randn(2, 3, 3, 32, 32)
+torch.testing.assert_close(model(clips), reference(clips))
+model(clips).sum().backward()
+state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if dist.get_rank() == 0:
+    assert state.keys() == reference.state_dict().keys()
+    assert all(torch.equal(state[k], v) for k, v in reference.state_dict().items())
+dist.destroy_process_group()
+"""
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
