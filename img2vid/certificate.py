@@ -108,6 +108,8 @@ def certify(
     check_reference(video, image)
     generator = torch.Generator().manual_seed(seed)
     zero_parameters = video.zero_parameters()
+    if num_frames is not None and (not num_frames or min(num_frames) < 1):
+        raise Img2VidError(f"num_frames={list(num_frames)}: expected numbers of frames of at least 1, such as 1 2 8.")
     guarantee = Guarantee.of(video.config, video.tower.num_prefix_tokens)
     frames = sorted(set(num_frames or (1, 2, 3, video.config.num_steps)))
     with in_eval_mode(model, reference):

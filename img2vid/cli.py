@@ -90,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Img2VidError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        sys.stdout = None
+        return 0
 
 
 if __name__ == "__main__":

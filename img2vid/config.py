@@ -105,6 +105,14 @@ class VideoConfig:
                 "meaning there; leave it at per_frame."
             )
 
+        if self.attention != "divided_space_time":
+            for name in ("temporal_layers", "temporal_init", "gate"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} is about divided_space_time and would be ignored "
+                        f"with attention={self.attention!r}; leave it out."
+                    )
+
     @property
     def num_steps(self) -> int:
         """Positions in time that tokens have: frames, or tubelets where those group frames."""

@@ -68,6 +68,7 @@ def load(
 
     from img2vid.backbones import load_backbone, wrap_module
 
+    dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
     VideoConfig.from_dict(settings)  # say what is wrong with the settings before loading anything
@@ -220,16 +221,17 @@ def run(options: dict[str, Any]) -> int:
     console.print(certificate_table(certificate))
     with console.status(f"Writing {out}"):
         save(model, out, certificate)
-    say(f"Wrote {out}. Load it with img2vid.load({str(out)!r}).")
     if not certificate.ok:
-        say("The certificate FAILED: do not trust this model; see certificate.json.")
-    return 0 if certificate.ok else 1
+        say(f"The certificate FAILED: do not trust this model. It was written to {out} to be looked at.")
+        return 1
+    say(f"Wrote {out}. Load it with img2vid.load({str(out)!r}).")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m img2vid.convert", description=(convert.__doc__ or "").split("\n")[0]
-    )
+    description = (convert.__doc__ or "").split("\n")[0]
+    # no abbreviations: --num-frame would mean another option the day one is added
+    parser = argparse.ArgumentParser(prog="img2vid convert", description=description, allow_abbrev=False)
     add_options(parser)
     given = vars(parser.parse_args(argv))
     show_list, config_file = given.pop("list"), given.pop("config")

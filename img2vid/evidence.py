@@ -233,12 +233,17 @@ def only_requiring_grad(model: nn.Module, parameters: Sequence[nn.Parameter]) ->
 def temporal_layers(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], list[nn.Parameter]]]:
     """Layer: (parameters of its gates, of its temporal attention), for each layer that attends along time."""
     layers = {
-        path: (list(block.temporal_fc.parameters()), list(block.temporal_attn.parameters()))
+        path: (list(block.temporal_fc.parameters()), matrices(block.temporal_attn))
         for path, block in video.tower.blocks
         if isinstance(block, SpaceTimeBlock)
     }
     if video.config.attention == "factorised_encoder":
         for i, block in enumerate(video.temporal_encoder.blocks):
             gates = [*block.attn_fc.parameters(), *block.fc2.parameters()]
-            layers[f"temporal_encoder.blocks.{i}"] = (gates, list(block.attn.parameters()))
+            layers[f"temporal_encoder.blocks.{i}"] = (gates, matrices(block.attn))
     return layers
+
+
+def matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Its weight matrices: a bias can receive gradient while the attention itself is dead."""
+    return [parameter for parameter in module.parameters() if parameter.ndim > 1]

@@ -14,10 +14,11 @@ from img2vid.backbones.from_timm import image_class
 from img2vid.backbones.reading import block_kind, child, read_block
 from img2vid.backbones.tower import ImageTower
 from img2vid.checkpoints.native import read_description
-from img2vid.config import VideoConfig
+from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.guarantees import Guarantee
 from img2vid.model import VideoModel, VideoTextModel, build_model, first
+from img2vid.surgery import refuse_impossible
 
 
 @dataclass
@@ -63,6 +64,8 @@ def inspect(source: str | Path, **settings: Any) -> Inspection:
     Raises:
         Img2VidError: neither a folder of ours nor a supported backbone.
     """
+    if "/" in str(source) and ":" not in str(source) and not Path(source).exists():
+        raise WeightsError(f"There is no folder {source}. Give a model folder, or a backbone's name without slashes.")
     if Path(source).is_dir():
         config = VideoConfig.from_dict(read_description(Path(source))["video"])
         if config.backbone is None:
@@ -107,12 +110,7 @@ def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> 
         num_frames=config.num_frames,
         flops_per_clip=flops,
         flops_image_model=image_flops,
-        guarantees={
-            f"{attention} / {prefix}": Guarantee.of(
-                VideoConfig(attention=attention, prefix_mode=prefix), tower.num_prefix_tokens
-            ).summary
-            for attention, prefix in GUARANTEED
-        },
+        guarantees={f"{attention} / {prefix}": promise(tower, attention, prefix) for attention, prefix in GUARANTEED},
     )
 
 
@@ -125,6 +123,16 @@ GUARANTEED = (
     ("factorised_encoder", "per_frame"),
     ("space_only", "per_frame"),
 )
+
+
+def promise(tower: ImageTower, attention: str, prefix_mode: str) -> str:
+    """What a way of inserting time would guarantee on this backbone, or that it is refused there."""
+    config = VideoConfig(attention=attention, prefix_mode=prefix_mode)
+    try:
+        refuse_impossible(tower, config)
+    except ConfigError as error:
+        return f"refused: {error}"
+    return Guarantee.of(config, tower.num_prefix_tokens).summary
 
 
 def count_flops(tower: ImageTower, num_images: int) -> int:

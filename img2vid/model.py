@@ -136,6 +136,8 @@ class VideoModel(Overlay, Saving):
 
     def check(self, clips: Tensor) -> None:
         """Say what is wrong with a clip before a library does in its own terms."""
+        if not isinstance(clips, Tensor):
+            raise ClipError(f"Clips must be a torch.Tensor (B, T, C, H, W), not a {type(clips).__name__}.")
         if clips.ndim != 5:
             raise ClipError(
                 f"Clips of shape {tuple(clips.shape)} were given, expected (B, T, C, H, W)."

@@ -49,8 +49,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is not a plain weights file and was not loaded: pickles can run code, so only tensors in plain "
-            f"containers are accepted. If you trust its author, convert it to safetensors with their own tools. "
-            f"({first_line(error)})"
+            f"containers are accepted. If you trust its author, load it with their own code and save "
+            f"torch.save(model.state_dict(), ...) or safetensors. ({first_line(error)})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         # whatever the unpickler stumbles over in a file that is no pickle
@@ -107,9 +107,7 @@ class LoadReport:
     def __str__(self) -> str:
         counts = f"{len(self.loaded)} loaded, {len(self.new)} new, {len(self.dropped)} dropped on purpose"
         lists = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.misshapen}
-        return counts + "".join(
-            f"\n  {len(keys)} {what}:\n    " + "\n    ".join(keys) for what, keys in lists.items() if keys
-        )
+        return counts + "".join(f"\n  {len(keys)} {what}:\n{listed(keys)}" for what, keys in lists.items() if keys)
 
 
 def load_weights(
@@ -147,12 +145,18 @@ def load_weights(
     if not report.ok:
         raise WeightsError(
             f"{source} does not fit this {type(model).__name__}, nothing was loaded: {report}\n"
-            "Check that the file belongs to this architecture and size. A difference that is meant can be named by "
-            "pattern (allow_new, allow_dropped)."
+            "Check that the file belongs to this architecture and size. In Python, img2vid.weights.load_weights takes "
+            "patterns for differences that are meant (allow_new, allow_dropped)."
         )
     fitting = {key: state[key].to(own[key].dtype) for key in report.loaded}
     model.load_state_dict({**own, **fitting}, assign=assign)
     return report
+
+
+def listed(keys: list[str], most: int = 20) -> str:
+    """Keys one below the other; of a whole wrong file the first ones say enough."""
+    lines = keys if len(keys) <= most else [*keys[:most], f"... and {len(keys) - most} more"]
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:

@@ -24,6 +24,7 @@ TIERS = [
     {"certificate", "checkpoints", "grafts"},
     {"inspection", "convert", "training", "evaluation", "export"},
     {"cli", "__init__"},
+    {"__main__"},
 ]
 LEAVES = {"data", "objectives", "tuning", "reporting", "plots", "estimate"}
 

@@ -137,6 +137,19 @@ def test_dead_initialisations_are_reported_not_hidden():
     assert "expected: temporal_init=zeros" in str(certificate)
 
 
+def test_ungated_zeros_are_dead_too():
+    certificate = certify(*make(temporal_init="zeros", gate="none"))
+    assert certificate.held
+    assert not certificate.alive
+    assert "cannot learn" in str(certificate)
+
+
+@pytest.mark.parametrize("num_frames", [(), (0,), (-1, 2)])
+def test_numbers_of_frames_that_are_none(num_frames):
+    with pytest.raises(Img2VidError, match="at least 1"):
+        certify(*make(), num_frames=num_frames)
+
+
 @pytest.mark.parametrize("gate", ["temporal_fc", "tanh"])
 def test_liveness_by_layer(gate):
     certificate = certify(*make(gate=gate))

@@ -23,6 +23,8 @@ from img2vid.config import ConfigError, VideoConfig
         ({"temporal_layers": "every:0"}, "temporal_layers"),
         ({"prefix_mode": "global", "attention": "joint_space_time"}, "belongs to attention='divided_space_time'"),
         ({"prefix_mode": "shared", "attention": "space_only"}, "has no meaning"),
+        ({"gate": "tanh", "attention": "factorised_encoder"}, "gate='tanh' .* would be ignored"),
+        ({"temporal_layers": "last:1", "attention": "space_only"}, "would be ignored"),
     ],
 )
 def test_bad_settings_are_explained(settings, message):

@@ -191,6 +191,29 @@ def test_folders_are_certified_again(settings, capsys):
     assert "held" in capsys.readouterr().out
 
 
+def test_places_that_cannot_be_written_are_refused_first(capsys):
+    Path("file").touch()
+    for out in ("file/model", "/proc/model"):
+        assert main([*TINY, "--out", out]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+    assert main([*TINY, "--out", "out"]) == 0
+    assert cli(["certify", "out", "--num-frames", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_inspect_promises_only_what_convert_does(capsys):
+    assert cli(["inspect", "eva02_t", "--json"]) == 0
+    promised = json.loads(capsys.readouterr().out)["guarantees"]
+    for mode, promise in promised.items():
+        attention, prefix_mode = mode.split(" / ")
+        options = {"attention": attention, "prefix_mode": prefix_mode, "random_weights": True}
+        if promise.startswith("refused"):
+            with pytest.raises(img2vid.Img2VidError):
+                img2vid.convert("eva02_t", **options)
+        else:
+            img2vid.convert("eva02_t", **options)
+
+
 def test_certify_finds_a_changed_folder(capsys):
     from safetensors.torch import load_file, save_file
 

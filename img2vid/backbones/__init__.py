@@ -82,6 +82,8 @@ def wrap_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
     Raises:
         BackboneError: neither, or an architecture that is not supported.
     """
+    if hasattr(model, "gates_closed") or hasattr(getattr(model, "visual", None), "gates_closed"):
+        raise BackboneError(f"This {type(model).__name__} already is a video model; convert a fresh image model.")
     tower = getattr(model, "visual", model)
     if not comes_from(tower, "timm.", "open_clip."):
         raise BackboneError(

@@ -33,5 +33,8 @@ def tokenizer_for(backbone: str | None) -> Callable[[list[str]], Tensor]:
         raise BackboneError(f"{backbone} has no text tower, so there is nothing to tokenize for.")
     import open_clip
 
-    with fetching(backbone):
-        return open_clip.get_tokenizer(name.architecture)
+    try:
+        with fetching(f"the tokenizer of {backbone}"):
+            return open_clip.get_tokenizer(name.architecture)
+    except ModuleNotFoundError as error:
+        raise BackboneError(f"The tokenizer of {backbone} needs {error.name}: pip install 'img2vid[hf]'.") from error

@@ -43,8 +43,11 @@ def save(model: VideoModel | VideoTextModel, folder: str | Path, certificate: Ce
 
     folder = Path(folder)
     check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:  # file systems that say yes to os.access and no to everything else
+        raise WeightsError(f"{folder} cannot be written ({error.strerror}). Choose another folder.") from error
     try:
         # safetensors refuses tensors that share memory, and wants contiguous ones
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
@@ -76,8 +79,12 @@ def make_public(folder: Path) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
+    """Whether a model may be written there, before any work is done for it."""
     if folder.is_file():
         raise WeightsError(f"{folder} is a file; a model is saved as a folder.")
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise WeightsError(f"{folder} cannot be written: {existing} is no folder that you may write to.")
     if folder.is_dir() and any(folder.iterdir()) and read_kind(folder) is None:
         raise WeightsError(
             f"{folder} is not empty and holds no img2vid model, so nothing was written. Choose another folder."
