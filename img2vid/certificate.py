@@ -23,6 +23,7 @@ from img2vid.evidence import (
     compare,
     compare_text,
     equal_weights,
+    fingerprint,
     in_eval_mode,
     kinds_for,
     largest,
@@ -50,11 +51,15 @@ class Certificate:
     liveness: list[Liveness]
     expected_alive: bool
     text_difference: float | None = None
+    weights_before: str | None = None  # fingerprints of the image model's weights before the conversion, and now
+    weights_after: str | None = None
 
     @property
     def held(self) -> bool:
         """Whether every claimed guarantee held (with gates closed, for a model whose gates have moved)."""
-        return all(c.held is not False for c in self.comparisons) and not self.text_difference
+        equal, total = self.image_weights_equal
+        same_weights = equal == total and self.weights_before in (None, self.weights_after)
+        return same_weights and all(c.held is not False for c in self.comparisons) and not self.text_difference
 
     @property
     def reversible(self) -> bool:
@@ -89,6 +94,7 @@ def certify(
     reference: nn.Module,
     *,
     num_frames: Sequence[int] | None = None,
+    weights_before: str | None = None,
     seed: int = 0,
 ) -> Certificate:
     """Compare a video model with the image model it came from. Weights are the same afterwards.
@@ -98,6 +104,8 @@ def certify(
             with gates closed, and ``perturbed_difference`` says how far it has come.
         reference: the image model, as its library made it: a timm model, or an open_clip model or image tower.
         num_frames: numbers of frames T to try; by default 1, 2, 3 and the model's own.
+        weights_before: ``fingerprint`` of the image model before it was converted, where ``reference`` shares weights
+            with the video model and so cannot tell whether they were changed.
         seed: of the random clips and perturbations.
 
     Raises:
@@ -132,6 +140,8 @@ def certify(
         gates_moved=gates_moved,
         comparisons=comparisons,
         image_weights_equal=equal_weights(video, image),
+        weights_before=weights_before,
+        weights_after=fingerprint(model, reference) if weights_before else None,
         perturbed_difference=perturbed,
         closed_difference=closed,
         liveness=liveness,

@@ -87,12 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv[:1])
     try:
         return COMMANDS[options.command][0](argv[1:])
-    except Img2VidError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stdout = None
         return 0
+    except (Img2VidError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

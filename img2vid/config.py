@@ -88,6 +88,8 @@ class VideoConfig:
             )
         if self.image_size is not None:
             object.__setattr__(self, "image_size", image_size_pair(self.image_size))
+        if not isinstance(self.temporal_layers, (str, tuple, list)):
+            raise ConfigError(f"temporal_layers={self.temporal_layers!r}: expected a text or a list of block numbers.")
         if not isinstance(self.temporal_layers, str):
             object.__setattr__(self, "temporal_layers", tuple(self.temporal_layers))
         elif not re.fullmatch(r"all|(every|last):[1-9]\d*", self.temporal_layers):
@@ -165,7 +167,7 @@ def at_least_one(name: str, value: object) -> None:
 
 def image_size_pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     """Pixels as (height, width); one number means a square."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
         raise ConfigError(f"image_size={size!r}: expected one whole number of pixels, or (height, width).")
     return pair

@@ -169,6 +169,8 @@ def read_options_file(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected options by name, such as 'backbone: vit_base'.")
     known = {*OPTIONS, *(f.name for f in dataclasses.fields(VideoConfig))}
+    if not isinstance(values.get("random_weights", False), bool):
+        raise ConfigError(f"--config {path}: random_weights={values['random_weights']!r}: expected true or false.")
     for name in values:
         if name not in known:
             raise ConfigError(f"--config {path}: unknown option {name!r}.{nearest(str(name), known)}")
@@ -196,6 +198,7 @@ def run(options: dict[str, Any]) -> int:
         from img2vid.backbones.tower import structural_copy
         from img2vid.certificate import certify
         from img2vid.checkpoints.native import check_replaceable, save
+        from img2vid.evidence import fingerprint
         from img2vid.model import build_model
         from img2vid.reporting import certificate_table, parameter_table
 
@@ -210,14 +213,16 @@ def run(options: dict[str, Any]) -> int:
     say(f"Loaded {loaded.name}, weights: {loaded.pretrained or 'random'}.")
     if loaded.dropped:
         say(f"Dropped on purpose from the file: {', '.join(loaded.dropped)}.")
-    reference = structural_copy(loaded.model)
-    config = make_config(loaded, options)
+    # the reference is the library's own modules around the same weights, so their values are noted separately
+    reference, config = structural_copy(loaded.model), make_config(loaded, options)
+    averaged = config.tubelet_size > 1 and config.tubelet_init == "average"
+    weights_before = None if averaged or config.num_classes is not None else fingerprint(loaded.model)
     with console.status("Inserting time"):
         model = build_model(loaded, config).eval()
     say(f"Converted: {config.attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
     console.print(parameter_table(model))
     with console.status("Certifying: running both models on single, static, moving and shuffled clips"):
-        certificate = certify(model, reference)
+        certificate = certify(model, reference, weights_before=weights_before)
     console.print(certificate_table(certificate))
     with console.status(f"Writing {out}"):
         save(model, out, certificate)
@@ -245,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # by identity: 0 equals False, and must reach the check that refuses it
         options = {name: value for name, value in given.items() if value is not None and value is not False}
         return run({**from_file, **options})
-    except Img2VidError as error:
+    except (Img2VidError, OSError) as error:  # files that cannot be read or written are the user's to mend too
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def compare(
         feature_difference=largest(first(video.clip_features(clips)) - expected.mean(dim=1)),
         frame_difference=largest(frame_features - expected),
         layer_differences=[largest(a - b) for a, b in zip(layers, expected_layers, strict=True)],
-        tolerance=CLOSE[clips.dtype] * max(1.0, largest(expected)),
+        tolerance=CLOSE[clips.dtype] * largest(expected),
     )
 
 
@@ -143,9 +144,21 @@ def compare_text(model: nn.Module, reference: nn.Module, generator: torch.Genera
     return largest(model.encode_text(tokens) - reference.encode_text(tokens, normalize=False))
 
 
+def fingerprint(model: nn.Module, image_model: nn.Module | None = None) -> str:
+    """SHA-256 of all weights by name; of a video model, of those named like ``image_model``'s."""
+    state, digest = model.state_dict(), hashlib.sha256()
+    for key in sorted(state if image_model is None else image_model.state_dict()):
+        digest.update(key.encode())
+        digest.update(state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def equal_weights(video: VideoModel, image: nn.Module) -> tuple[int, int]:
-    """How many of the image model's tensors the video model holds unchanged, and how many there are."""
+    """How many of the image model's tensors the video model holds unchanged, and how many should be."""
     own, theirs = video.state_dict(), image.state_dict()
+    if video.config.tubelet_size > 1 and video.config.tubelet_init == "average":  # divides the patch projection
+        averaged = next(name for name, p in image.named_parameters() if p is describe(image).patch_conv.weight)
+        theirs.pop(averaged)
     return sum(key in own and torch.equal(own[key], tensor) for key, tensor in theirs.items()), len(theirs)
 
 
@@ -168,7 +181,9 @@ def three_acts(video: VideoModel, generator: torch.Generator, perturb: bool) -> 
         base = output()
         if perturb:
             for parameter in gates.values():
-                noise = 0.02 * torch.randn(parameter.shape, generator=generator)
+                # large enough not to be rounded away
+                std = 0.02 if parameter.dtype in (torch.float32, torch.float64) else 0.5
+                noise = std * torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(noise.to(parameter.device, parameter.dtype))
             opened = output()
     if not perturb:
@@ -199,7 +214,8 @@ def measure_liveness(video: VideoModel, generator: torch.Generator, step_size: f
             steps.append({p: float(grad.double().norm()) for p, grad in grads.items()})
             with torch.no_grad():
                 for parameter in (p for gate, _ in layers.values() for p in gate):
-                    parameter -= step_size * grads[parameter] / grads[parameter].norm().clamp_min(1e-12)
+                    grad = grads[parameter].float()  # norms of half precision gradients overflow
+                    parameter -= (step_size * grad / grad.norm().clamp_min(1e-12)).to(parameter.dtype)
 
     def both(parameters: list[nn.Parameter]) -> tuple[float, float]:
         first_step, second_step = (sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps)

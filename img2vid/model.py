@@ -79,6 +79,12 @@ class VideoModel(Overlay, Saving):
         if config.num_classes is not None:
             self.classifier = zero_linear(dim, config.num_classes, **on_device)
         self.train(image_model.training)
+        # the libraries' own checkpointing would rerun blocks when T is no longer known, so ours takes over
+        checkpointing = [m for m in image_model.modules() if getattr(m, "grad_checkpointing", False) is True]
+        for module in checkpointing:
+            module.grad_checkpointing = False
+        if checkpointing:
+            self.set_grad_checkpointing()
 
     # ---- forward, from clips to features
 

@@ -433,3 +433,41 @@ dist.destroy_process_group()
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_threads_that_share_a_model_take_turns(clips):
+    from concurrent.futures import ThreadPoolExecutor
+
+    video, _ = make(small_vit())
+    randomize(video, seed=9)
+    with torch.no_grad():
+        long, short = torch.randn(2, 4, 3, 32, 32), torch.randn(4, 2, 3, 32, 32)
+        expected = {4: video(long), 2: video(short)}
+
+        def run(clips):
+            with torch.no_grad():
+                return torch.equal(video(clips), expected[clips.shape[1]])
+
+        with ThreadPoolExecutor(2) as pool:
+            assert all(pool.map(run, [long, short] * 30))
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+def test_checkpointing_that_was_on_is_taken_over(library, clips):
+    image_model = small_vit() if library == "timm" else small_clip().visual
+    image_model.set_grad_checkpointing(True)
+    video, _ = make(image_model)
+    video.train()(clips).sum().backward()
+    assert all(p.grad is not None for name, p in video.named_parameters() if "temporal_fc" in name)
+
+
+def test_a_refused_conversion_leaves_the_module_as_it_was(clips):
+    image_model = small_vit(drop_path_rate=0.1).train()
+    with pytest.raises(img2vid.Img2VidError):
+        img2vid.convert(image_model, temporal_layers="last:99")
+    assert image_model(clips[:, 0]).shape == (2, 48)
+
+
+def test_classifiers_in_half_precision():
+    model = img2vid.convert("vit_tiny", random_weights=True, image_size=32, dtype="bfloat16", num_classes=3)
+    assert model(torch.randn(1, 2, 3, 32, 32).bfloat16()).shape == (1, 3)

@@ -191,7 +191,7 @@ def describe_timm(model: nn.Module) -> ImageTower:
         any_size=bool(getattr(trunk, "dynamic_img_size", False))
         or class_name.startswith(("NaFlex", "Qwen3", "Deepseek")),
         position=position_kind(trunk, embed, kind),
-        patch_conv=conv if type(conv) is nn.Conv2d and conv.stride == conv.kernel_size else None,
+        patch_conv=conv if is_patch_projection(conv) and not hasattr(embed, "backbone") else None,
         preprocess=Preprocess(
             tuple(config.get("mean") or (0.5,) * 3),
             tuple(config.get("std") or (0.5,) * 3),
@@ -203,6 +203,10 @@ def describe_timm(model: nn.Module) -> ImageTower:
 def image_class(block: nn.Module) -> type[nn.Module]:
     """The block's own class, also after it became a space-time block."""
     return next((cls for cls in type(block).__mro__ if cls in BLOCKS), type(block))
+
+
+def is_patch_projection(conv: nn.Module | None) -> bool:
+    return type(conv) is nn.Conv2d and conv.stride == conv.kernel_size
 
 
 def native_size(embed: nn.Module, config: dict[str, Any]) -> tuple[int, int]:

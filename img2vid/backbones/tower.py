@@ -93,6 +93,7 @@ def output_dim(tower: ImageTower) -> int:
     """Length of the tower's feature vector, probed with one image on the meta device."""
     module = on_meta(tower.module).eval()
     with torch.no_grad():
-        features = module(torch.zeros(1, tower.in_channels, *tower.image_size, device="meta"))
+        dtype = next(module.parameters()).dtype
+        features = module(torch.zeros(1, tower.in_channels, *tower.image_size, dtype=dtype, device="meta"))
     features = features[0] if isinstance(features, tuple) else features
     return features.shape[-1]

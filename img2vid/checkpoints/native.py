@@ -133,7 +133,7 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     described = read_description(folder)
     config = VideoConfig.from_dict(described["video"])
     if image_model is not None:
-        backbone = wrap_module(image_model)
+        backbone = wrap_module(image_model, config.image_size)
     elif config.backbone is None:
         raise WeightsError(
             f"{folder} was made from a module passed in by hand, whose architecture has no name. Build the same module "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 
 class ClipContext:
@@ -12,18 +15,33 @@ class ClipContext:
     The image model sees a batch of B*T images and cannot know T. Guessing it from the batch size would be silently
     wrong whenever a wrong T divides B*T, so the video model states it and everything else reads it here. Outside a
     video model's forward there is no T, and asking for it is an error rather than a default.
+
+    Threads that share a model take turns, so that none of them reads another one's T.
     """
 
     def __init__(self) -> None:
         self._num_frames: int | None = None
+        self._turn = threading.RLock()
 
     @contextmanager
     def of(self, num_frames: int) -> Iterator[None]:
+        if torch.compiler.is_compiling():  # a lock cannot be traced
+            with self._set(num_frames):
+                yield
+        else:
+            with self._turn, self._set(num_frames):
+                yield
+
+    @contextmanager
+    def _set(self, num_frames: int) -> Iterator[None]:
         before, self._num_frames = self._num_frames, num_frames
         try:
             yield
         finally:
             self._num_frames = before
+
+    def __reduce__(self):
+        return ClipContext, ()  # copies and pickles take no lock along
 
     @property
     def num_frames(self) -> int:
