@@ -153,10 +153,10 @@ def test_wrong_arguments_teach(video_folder, tmp_path, options, words):
 @pytest.mark.multiprocess
 def test_two_processes_share_epochs_and_evaluation(video_folder, tmp_path):
     script = tmp_path / "run.py"
-    tests = Path(__file__).parent
+    root = Path(__file__).parents[2]
     script.write_text(
-        f"import json, os, sys\nsys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n"
-        "from test_module import Recorder, data\n"
+        f"import json, os, sys\nsys.path.insert(0, {str(root)!r})\n"
+        "from tests.data.test_module import Recorder, data\n"
         f"folder, out = {str(video_folder)!r}, {str(tmp_path)!r}\n"
         "import lightning.pytorch as pl\n"
         "run = pl.Trainer(accelerator='cpu', devices=2, strategy='ddp', max_epochs=2, logger=False,\n"
