@@ -28,7 +28,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` or pickled (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) weights file, on the CPU.
 
     Pickles are only ever read with ``weights_only=True``: a file made to run code is refused and does not run it.
-    Common wrappers (``{"state_dict": ...}``, keys starting with ``module.``) are taken off.
+    Common wrappers of pickled files (``{"state_dict": ...}``, keys starting with ``module.``) are taken off.
 
     Raises:
         WeightsError: no such file, truncated, not a weights file, or a pickle that holds more than tensors.

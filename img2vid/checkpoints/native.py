@@ -34,7 +34,9 @@ FORMAT = 1
 
 
 def save(model: VideoModel | VideoTextModel, folder: str | Path, certificate: Certificate | None = None) -> Path:
-    """Write a model folder. A reader never sees half of it: files are written elsewhere and moved into place.
+    """Write a model folder: files are written elsewhere and moved into place, so no file is ever half there.
+
+    A new folder appears at once, as a whole. In a folder that exists, files are replaced one after the other.
 
     Raises:
         WeightsError: the folder holds something else.
