@@ -38,10 +38,11 @@ def certify_main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_args(argv)
     from img2vid.certificate import certify
-    from img2vid.checkpoints.native import load, load_reference
+    from img2vid.checkpoints.native import load, load_reference, recorded_fingerprint
 
     model = load(options.folder)
     certificate = certify(model, load_reference(model), num_frames=options.num_frames)
+    certificate.weights_at_conversion = recorded_fingerprint(options.folder)
     print(certificate.to_json() if options.json else certificate)
     return 0 if certificate.ok else 1
 

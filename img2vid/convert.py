@@ -198,7 +198,7 @@ def run(options: dict[str, Any]) -> int:
         from img2vid.backbones.tower import structural_copy
         from img2vid.certificate import certify
         from img2vid.checkpoints.native import check_replaceable, save
-        from img2vid.evidence import fingerprint
+        from img2vid.evidence import fingerprint, image_weights
         from img2vid.model import build_model
         from img2vid.reporting import certificate_table, parameter_table
 
@@ -214,9 +214,9 @@ def run(options: dict[str, Any]) -> int:
     if loaded.dropped:
         say(f"Dropped on purpose from the file: {', '.join(loaded.dropped)}.")
     # the reference is the library's own modules around the same weights, so their values are noted separately
-    reference, config = structural_copy(loaded.model), make_config(loaded, options)
-    averaged = config.tubelet_size > 1 and config.tubelet_init == "average"
-    weights_before = None if averaged or config.num_classes is not None else fingerprint(loaded.model)
+    config = make_config(loaded, options)
+    reference = structural_copy(loaded.model if config.num_classes is None else loaded.tower.module)
+    weights_before = fingerprint(image_weights(reference, reference, config))
     with console.status("Inserting time"):
         model = build_model(loaded, config).eval()
     say(f"Converted: {config.attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
