@@ -186,9 +186,9 @@ def check_reference(video: VideoModel, image: nn.Module) -> None:
         for key in sorted(own.keys() | theirs.keys())
         if own.get(key) != theirs.get(key)
     ]
-    sizes = describe(image).image_size, video.tower.image_size
-    if sizes[0] != sizes[1]:
-        differences.append(f"made for images of {sizes[0]} pixels, the model for {sizes[1]}")
+    tower = describe(image)
+    if tower.image_size != video.tower.image_size and not tower.any_size:
+        differences.append(f"made for images of {tower.image_size} pixels, the model for {video.tower.image_size}")
     if differences:
         raise Img2VidError(
             f"The reference is a {type(image).__name__} of another architecture or size than the one this model was "
