@@ -211,8 +211,8 @@ def run(options: dict[str, Any]) -> int:
             settings=options,
         )
     say(f"Loaded {loaded.name}, weights: {loaded.pretrained or 'random'}.")
-    if loaded.dropped:
-        say(f"Dropped on purpose from the file: {', '.join(loaded.dropped)}.")
+    for difference in loaded.report.differences:
+        say(difference)
     # the reference is the library's own modules around the same weights, so their values are noted separately
     reference, config = structural_copy(loaded.model), make_config(loaded, options)
     averaged = config.tubelet_size > 1 and config.tubelet_init == "average"
