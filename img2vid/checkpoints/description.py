@@ -64,6 +64,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "format": (lambda value: is_whole(value) and value >= 1, "a whole number"),
     "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
     "dtype": (is_floating_dtype, "a floating point type of torch, such as float32"),
+    "image_weights": (lambda value: value is None or isinstance(value, str), "a text, or null"),
     "video": (lambda value: isinstance(value, dict), "the settings of a VideoConfig by name"),
     "video.backbone": (lambda value: value is None or isinstance(value, str), "a backbone's name, or null"),
     "video.backbone_args": (lambda value: value is None or isinstance(value, dict), "arguments by name"),

@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-PREFIX = ".img2vid-saving-"
+LEFTOVER = ".img2vid-saving-"
 STALE_SECONDS = 24 * 3600
 
 
@@ -36,7 +36,8 @@ def replacing(folder: Path, names: Sequence[str], outdated: Sequence[str] = ()) 
     home = folder if folder.is_dir() else folder.parent  # the file system in which renaming works
     home.mkdir(parents=True, exist_ok=True)
     remove_leftovers(home)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{socket.gethostname()}-{os.getpid()}-", dir=home))
+    temporary = home / f"{LEFTOVER}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()  # tempfile would make it private
     try:
         yield temporary
         finish(temporary)
@@ -63,19 +64,20 @@ def renamed(temporary: Path, folder: Path) -> bool:
 
 def finish(temporary: Path) -> None:
     """Files on the disk, not only on their way there, with the permissions that newly made ones would have."""
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o777 & ~mask)
+    usual = temporary / "usual"
+    usual.touch()  # asking for the umask means setting it, for all threads
+    mode = usual.stat().st_mode
+    usual.unlink()
     for path in temporary.iterdir():
-        path.chmod(0o666 & ~mask)
+        path.chmod(mode)  # safetensors makes its file private
         with path.open("rb+") as file:
             os.fsync(file.fileno())
 
 
 def remove_leftovers(home: Path) -> None:
     """Remove what killed writers have left behind, and nothing of writers that may be at work."""
-    for path in home.glob(f"{PREFIX}*"):
-        host, _, rest = path.name.removeprefix(PREFIX).rpartition("-")[0].rpartition("-")
+    for path in home.glob(f"{LEFTOVER}*"):
+        host, _, rest = path.name.removeprefix(LEFTOVER).rpartition("-")[0].rpartition("-")
         is_ours = host == socket.gethostname() and rest.isdigit()
         try:
             is_stale = (is_ours and not alive(int(rest))) or time.time() - path.stat().st_mtime > STALE_SECONDS

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from img2vid._version import __version__
-from img2vid.backbones import describe, load_backbone, wrap_module
+from img2vid.backbones import Backbone, describe, load_backbone, wrap_module
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.description import check_description
-from img2vid.checkpoints.folders import replacing
-from img2vid.config import VideoConfig
-from img2vid.errors import WeightsError
+from img2vid.checkpoints.folders import LEFTOVER, replacing
+from img2vid.config import ConfigError, VideoConfig
+from img2vid.errors import BackboneError, WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
 from img2vid.weightfiles import read_safetensors, short
 from img2vid.weights import load_weights
@@ -71,6 +71,8 @@ def separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors on the CPU of which no two share memory, as safetensors wants them."""
     seen: set[int] = set()
     for key, tensor in state.items():
+        if tensor.is_meta:
+            raise WeightsError(f"{key} has no numbers (it is on torch's meta device), so there is nothing to save.")
         tensor = tensor.detach().cpu().contiguous()
         state[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(tensor.untyped_storage().data_ptr())
@@ -84,7 +86,8 @@ def check_replaceable(folder: Path) -> None:
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise WeightsError(f"{folder} cannot be written: {existing} is no folder that you may write to.")
-    if folder.is_dir() and any(folder.iterdir()) and read_kind(folder) is None:
+    holds_something = folder.is_dir() and any(not path.name.startswith(LEFTOVER) for path in folder.iterdir())
+    if holds_something and read_kind(folder) is None:
         raise WeightsError(
             f"{folder} is not empty and holds no img2vid model, so nothing was written. Choose another folder."
         )
@@ -143,19 +146,17 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     folder = Path(folder)
     described = read_description(folder)
     config = VideoConfig.from_dict(described["video"])
-    if image_model is not None:
-        backbone = wrap_module(image_model, config.image_size)
-    elif config.backbone is None:
+    if image_model is None and config.backbone is None:
         raise WeightsError(
             f"{folder} was made from a module passed in by hand, whose architecture has no name. Build the same module "
             f"and give it: img2vid.load({str(folder)!r}, image_model=module)."
         )
-    else:
-        backbone = load_backbone(
-            config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
-        )
-    backbone.model.to(getattr(torch, described["dtype"]))
-    model = build_model(backbone, config)
+    try:
+        backbone = wrap_module(image_model, config.image_size) if image_model is not None else build_backbone(config)
+        backbone.model.to(getattr(torch, described["dtype"]))
+        model = build_model(backbone, config)
+    except (BackboneError, ConfigError) as error:
+        raise WeightsError(f"What {folder / CONFIG} describes cannot be built here: {error}") from error
     if type(model).__name__ != described["kind"]:
         raise WeightsError(
             f"{folder} holds a {described['kind']}, but what a {type(backbone.model).__name__} makes is a "
@@ -167,8 +168,15 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     video = model.visual if isinstance(model, VideoTextModel) else model
     pixels = described["preprocess"]
     video.tower.preprocess = Preprocess(tuple(pixels["mean"]), tuple(pixels["std"]), pixels["interpolation"])
-    video.image_weights = described.get("image_weights", UNKNOWN)
+    video.image_weights = described.get("image_weights") or UNKNOWN
     return model.eval()
+
+
+def build_backbone(config: VideoConfig) -> Backbone:
+    """The image model of a configuration, without its weights."""
+    return load_backbone(
+        config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
+    )
 
 
 def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
@@ -182,9 +190,7 @@ def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
             "This model was made from a module passed in by hand, so there is no name to build its image model from. "
             "Build it and use img2vid.certify(model, image_model)."
         )
-    backbone = load_backbone(
-        config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
-    )
+    backbone = build_backbone(config)
     image = backbone.model if isinstance(model, VideoTextModel) else backbone.tower.module
     own = {key: tensor for key, tensor in model.state_dict().items() if model.origin(key) == "pretrained"}
     load_weights(image, own, keep_dtypes=True)
