@@ -8,6 +8,7 @@ import json
 import sys
 import time
 import types
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -52,6 +53,8 @@ def convert(
     from img2vid.model import build_model
 
     loaded = load(backbone, weights=weights, random_weights=random_weights, dtype=dtype, settings=settings)
+    for note in loaded.report.notes:  # a choice was made in reading the file
+        warnings.warn(note, stacklevel=2)
     return build_model(loaded, make_config(loaded, settings)).eval()
 
 

@@ -53,7 +53,7 @@ class LoadReport:
         """Sentences for the user: everything in which the model is not simply the file."""
         said = {"New, not from the file": self.new, "Dropped on purpose from the file": self.dropped}
         said["Resampled"] = self.resampled
-        return [f"{what}: {', '.join(keys)}." for what, keys in said.items() if keys] + self.notes
+        return [f"{what}: {in_a_row(keys)}." for what, keys in said.items() if keys] + self.notes
 
 
 def load_weights(
@@ -117,6 +117,10 @@ def listed(keys: list[str], most: int = 20) -> str:
     """Keys one below the other; of a whole wrong file the first ones say enough."""
     lines = keys if len(keys) <= most else [*keys[:most], f"... and {len(keys) - most} more"]
     return "\n".join(f"    {line}" for line in lines)
+
+
+def in_a_row(keys: list[str], most: int = 20) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:

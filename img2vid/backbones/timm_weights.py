@@ -19,7 +19,7 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from img2vid.errors import WeightsError
-from img2vid.weights import LoadReport, load_weights, read_weights, short
+from img2vid.weights import LoadReport, in_a_row, load_weights, read_weights, short
 
 CLASSIFIER_KEYS = [r"(head|head_dist|fc|head\.fc)\.(weight|bias)"]
 
@@ -35,7 +35,7 @@ def load_file(model: nn.Module, path: str | Path) -> LoadReport:
     report = load_weights(model, state, allow_dropped=CLASSIFIER_KEYS, source=str(path))
     report.resampled, report.notes = resampled, file.notes
     if left_out:
-        report.notes.append(f"Merged into others or left out by timm's reader: {', '.join(left_out)}.")
+        report.notes.append(f"Merged into others or left out by timm's reader: {in_a_row(left_out)}.")
     return report
 
 
