@@ -114,7 +114,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(path)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise WeightsError(f"{path} is damaged, truncated, or no safetensors file: {short(error)}") from error
 
 

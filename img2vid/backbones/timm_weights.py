@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
@@ -68,6 +70,9 @@ def to_timm_layout(
     return converted, [f"{name} ({event.grids})" for event, name in changed], left_out
 
 
+WATCHING = threading.Lock()  # of two threads, one must not take the other's watch for timm's function
+
+
 class Resampling(NamedTuple):
     resampler: str
     before: Tensor
@@ -84,21 +89,23 @@ def watched(*modules: object) -> Iterator[list[Resampling]]:
         @functools.wraps(resample)
         def watching(before: Tensor, *args, **kwargs) -> Tensor:
             after = resample(before, *args, **kwargs)
-            if after is not before:
+            if after.shape != before.shape or not torch.equal(after, before):
                 seen.append(Resampling(resample.__name__, before, after, grids(before, after, kwargs)))
             return after
 
         return watching
 
     names = ("resample_patch_embed", "resample_abs_pos_embed", "resize_rel_pos_bias_table")
-    originals = {(module, name): getattr(module, name) for module in modules for name in names if hasattr(module, name)}
-    try:
-        for (module, name), resample in originals.items():
-            setattr(module, name, watch(resample))
-        yield seen
-    finally:
-        for (module, name), resample in originals.items():
-            setattr(module, name, resample)
+    with WATCHING:
+        pairs = [(module, name) for module in modules for name in names if hasattr(module, name)]
+        originals = {(module, name): getattr(module, name) for module, name in pairs}
+        try:
+            for (module, name), resample in originals.items():
+                setattr(module, name, watch(resample))
+            yield seen
+        finally:
+            for (module, name), resample in originals.items():
+                setattr(module, name, resample)
 
 
 def grids(before: Tensor, after: Tensor, arguments: Mapping) -> str:
