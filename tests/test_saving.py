@@ -184,6 +184,15 @@ def test_every_tensor_keeps_its_precision(tmp_path):
     assert reference.state_dict()["cls_token"].dtype == torch.bfloat16
 
 
+def test_tables_that_are_not_saved_have_the_precision_too(tmp_path):
+    """A text tower's causal mask, a rotary table: they must fit the weights that were saved in half precision."""
+    img2vid.convert("nano_clip", num_frames=2, dtype="bfloat16").save_pretrained(tmp_path / "m")
+    model = img2vid.load(tmp_path / "m")
+    for one in (model, native.load_reference(model)):
+        assert {b.dtype for b in one.buffers() if b.is_floating_point()} == {torch.bfloat16}
+    assert img2vid.certify(model, native.load_reference(model), num_frames=(1, 2)).held
+
+
 def test_shared_and_missing_numbers(tmp_path):
     model = tiny()
     model.blocks[0].norm1.weight = model.blocks[0].norm2.weight

@@ -107,13 +107,10 @@ def describe_model(model: VideoModel | VideoTextModel) -> dict[str, Any]:
 
     video = model.visual if isinstance(model, VideoTextModel) else model
     pixels = video.tower.preprocess
-    dtypes = Counter()
-    for parameter in model.parameters():
-        dtypes[parameter.dtype] += parameter.numel()
     described = {
         "format": FORMAT,
         "kind": "VideoTextModel" if isinstance(model, VideoTextModel) else "VideoModel",
-        "dtype": str(max(dtypes, key=dtypes.__getitem__)).removeprefix("torch."),  # of most; each tensor has its own
+        "dtype": str(main_dtype(model)).removeprefix("torch."),
         "image_weights": video.image_weights,
         "video": model.config.to_dict(),
         "preprocess": {"mean": pixels.mean, "std": pixels.std, "interpolation": pixels.interpolation},
@@ -132,6 +129,14 @@ def describe_model(model: VideoModel | VideoTextModel) -> dict[str, Any]:
             "only numbers, texts, lists and the like can be saved."
         ) from error
     return {**described, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """The precision of most numbers, which tables that are not saved have too; each saved tensor has its own."""
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        numbers[parameter.dtype] += parameter.numel()
+    return max(numbers, key=numbers.__getitem__)
 
 
 def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoModel | VideoTextModel:
@@ -192,6 +197,7 @@ def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
         )
     backbone = build_backbone(config)
     image = backbone.model if isinstance(model, VideoTextModel) else backbone.tower.module
+    image.to(main_dtype(model))
     own = {key: tensor for key, tensor in model.state_dict().items() if model.origin(key) == "pretrained"}
     load_weights(image, own, keep_dtypes=True)
     video = model.visual if isinstance(model, VideoTextModel) else model
