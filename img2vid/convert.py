@@ -8,6 +8,7 @@ import json
 import sys
 import time
 import types
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -52,6 +53,8 @@ def convert(
     from img2vid.model import build_model
 
     loaded = load(backbone, weights=weights, random_weights=random_weights, dtype=dtype, settings=settings)
+    for note in loaded.report.notes:  # a choice was made in reading the file
+        warnings.warn(note, stacklevel=2)
     return build_model(loaded, make_config(loaded, settings)).eval()
 
 
@@ -211,8 +214,8 @@ def run(options: dict[str, Any]) -> int:
             settings=options,
         )
     say(f"Loaded {loaded.name}, weights: {loaded.pretrained or 'random'}.")
-    if loaded.dropped:
-        say(f"Dropped on purpose from the file: {', '.join(loaded.dropped)}.")
+    for difference in loaded.report.differences:
+        say(difference)
     # the reference is the library's own modules around the same weights, so their values are noted separately
     config = make_config(loaded, options)
     reference = structural_copy(loaded.model if config.num_classes is None else loaded.tower.module)
