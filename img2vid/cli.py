@@ -49,12 +49,13 @@ def certify_main(argv: Sequence[str]) -> int:
     add_certificate_options(parser)
     options = parser.parse_args(argv)
     from img2vid.certificate import certify
-    from img2vid.checkpoints.native import load, load_reference
+    from img2vid.checkpoints.native import load, load_reference, recorded_fingerprint
 
     model = load(options.folder)
-    tried = {"num_frames": options.certify_frames, "image_size": options.certify_size}
-    given = {name: value for name, value in tried.items() if value is not None}
-    certificate = certify(model, load_reference(model), **given)
+    certificate = certify(
+        model, load_reference(model), num_frames=options.certify_frames, image_size=options.certify_size
+    )
+    certificate.weights_at_conversion = recorded_fingerprint(options.folder)
     print(certificate.to_json() if options.json else certificate)
     return 0 if certificate.ok else 1
 

@@ -203,7 +203,7 @@ def run(options: dict[str, Any]) -> int:
         from img2vid.backbones.tower import structural_copy
         from img2vid.certificate import certify
         from img2vid.checkpoints.native import check_replaceable, save
-        from img2vid.evidence import fingerprint
+        from img2vid.evidence import fingerprint, image_weights
         from img2vid.model import build_model
         from img2vid.reporting import certificate_table, parameter_table
 
@@ -219,16 +219,15 @@ def run(options: dict[str, Any]) -> int:
     if loaded.dropped:
         progress.say(f"Dropped on purpose from the file: {', '.join(loaded.dropped)}.")
     # the reference is the library's own modules around the same weights, so their values are noted separately
-    reference, config = structural_copy(loaded.model), make_config(loaded, options)
-    averaged = config.tubelet_size > 1 and config.tubelet_init == "average"
-    weights_before = None if averaged or config.num_classes is not None else fingerprint(loaded.model)
+    config = make_config(loaded, options)
+    reference = structural_copy(loaded.model if config.num_classes is None else loaded.tower.module)
+    weights_before = fingerprint(image_weights(reference, reference, config))
     with progress.stage("Inserting time"):
         model = build_model(loaded, config).eval()
     progress.say(f"Converted: {config.attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
     progress.console.print(parameter_table(model))
     with progress.stage("Certifying: running both models on single, static, moving and shuffled clips"):
-        given = {name: value for name, value in tried.items() if value is not None}
-        certificate = certify(model, reference, weights_before=weights_before, **given)
+        certificate = certify(model, reference, weights_before=weights_before, **tried)
     progress.console.print(certificate_table(certificate))
     with progress.stage(f"Writing {out}"):
         save(model, out, certificate)

@@ -98,7 +98,11 @@ class VideoModel(Overlay, Saving):
 
     def clip_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Clips (B, T, C, H, W) -> (B, D): the mean over frames, before any classifier of ours."""
-        return over(lambda x: x.mean(dim=1), self.frame_features(clips))
+        return self.pool(self.frame_features(clips))
+
+    def pool(self, frame_features: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """One feature per frame (B, T, D) -> one per clip (B, D)."""
+        return over(lambda x: x.mean(dim=1), frame_features)
 
     def frame_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Clips (B, T, C, H, W) -> one feature per frame, or per tubelet (B, T, D), already informed by all frames."""

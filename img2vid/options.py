@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
-from img2vid.config import CHOICES, ConfigError, VideoConfig, shown, whole_number
+from img2vid.config import CHOICES, MOST, ConfigError, VideoConfig, image_size_pair, shown, whole_number
 from img2vid.errors import nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -187,9 +187,11 @@ def check_options(options: dict[str, Any]) -> None:
             raise ConfigError(f"{name}={shown(value)} holds a zero byte, which no name or path can.")
     if not isinstance(options.get("random_weights") or False, bool):
         raise ConfigError(f"random_weights={shown(options['random_weights'])}: expected true or false.")
-    frames = options.get("certify_frames")
+    frames, size = options.get("certify_frames"), options.get("certify_size")
     if frames is not None:
         if not isinstance(frames, list) or not frames:
             raise ConfigError(f"certify_frames={shown(frames)}: expected numbers of frames, such as [1, 2, 8].")
         for number in frames:
-            whole_number("certify_frames", number, most=65_536)
+            whole_number("certify_frames", number, most=MOST["num_frames"])
+    if size is not None:
+        options["certify_size"] = image_size_pair(size)

@@ -21,6 +21,7 @@ TIERS = [
     {"checkpoints.saving"},
     {"model"},
     {"evidence"},
+    {"liveness"},
     {"certificate", "checkpoints", "grafts"},
     {"inspection", "convert", "training", "evaluation", "export"},
     {"cli", "__init__"},

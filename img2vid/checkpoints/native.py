@@ -177,6 +177,16 @@ def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
     return image.eval()
 
 
+def recorded_fingerprint(folder: str | Path) -> str | None:
+    """SHA-256 of the image weights when the model in ``folder`` was converted; None where it was not noted."""
+    try:
+        return json.loads((Path(folder) / CERTIFICATE).read_text()).get("weights_now")
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"{Path(folder) / CERTIFICATE} is not a certificate of img2vid: {error}") from error
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise WeightsError(f"There is no folder {folder}. Give a folder written by save_pretrained or img2vid.convert.")
