@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from img2vid.config import shown
 from img2vid.errors import Img2VidError
 
 INTERRUPTED, READER_GONE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells count
@@ -35,8 +36,10 @@ def run_command(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (Img2VidError, OSError) as error:  # files that cannot be read or written are the user's to mend too
+    except Img2VidError as error:
         message = str(error)
+    except OSError as error:  # files that cannot be read or written are the user's to mend too
+        message = f"{error.strerror}: {shown(error.filename)}" if error.strerror and error.filename else str(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

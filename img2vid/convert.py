@@ -78,8 +78,8 @@ def merge(backbone: object, config: VideoConfig | None, settings: dict[str, Any]
         return settings
     if not isinstance(config, VideoConfig):
         raise ConfigError(
-            f"config={shown(config)} is a {type(config).__name__}, expected a VideoConfig. A dict's settings are given "
-            "by name: img2vid.convert(backbone, **settings)."
+            f"config={shown(config)} is of type {type(config).__name__}, expected a VideoConfig. Settings of a "
+            "dict are given by name: img2vid.convert(backbone, **settings)."
         )
     own = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
     made_for = own.pop("backbone")
@@ -200,6 +200,7 @@ def run(options: dict[str, Any]) -> int:
     tried = {"num_frames": options.pop("certify_frames", None), "image_size": options.pop("certify_size", None)}
     progress = Progress()
     with progress.stage(f"Loading {backbone}"):
+        from img2vid.backbones.names import parse_name
         from img2vid.backbones.tower import structural_copy
         from img2vid.certificate import certify
         from img2vid.checkpoints.native import check_replaceable, save
@@ -207,6 +208,7 @@ def run(options: dict[str, Any]) -> int:
         from img2vid.model import build_model
         from img2vid.reporting import certificate_table, parameter_table
 
+        parse_name(backbone)  # a wrong name is told before a wrong folder, which may be made from it
         check_replaceable(out)
         loaded = load(
             backbone,
@@ -269,6 +271,7 @@ class CallableModule(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = CallableModule
+__signature__ = inspect.signature(convert)  # editors ask the module too
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -68,7 +68,7 @@ def inspect(source: str | Path, **settings: Any) -> Inspection:
         Img2VidError: neither a folder of ours nor a supported backbone.
     """
     if not isinstance(source, (str, os.PathLike)):
-        raise WeightsError(f"{shown(source)} is a {type(source).__name__}; expected a folder or a name.")
+        raise WeightsError(f"{shown(source)} is of type {type(source).__name__}; expected a folder or a name.")
     if "/" in str(source) and ":" not in str(source) and not os.path.exists(source):
         raise WeightsError(f"There is no folder {source}. Give a model folder, or a backbone's name without slashes.")
     if os.path.isdir(source):

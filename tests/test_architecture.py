@@ -13,8 +13,8 @@ ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
     {"_version", "errors"},
-    {"config", "weights", "overlay", "command"},
-    {"guarantees", "options"},
+    {"config", "weights", "overlay"},
+    {"guarantees", "command", "options"},
     {"temporal"},
     {"backbones"},
     {"surgery"},

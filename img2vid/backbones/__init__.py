@@ -41,7 +41,7 @@ def load_backbone(
         WeightsError: a local file that cannot be read or does not fit.
     """
     if not isinstance(name, str):
-        raise BackboneError(f"{shown(name)} is a {type(name).__name__}, not a backbone's name. {EXPECTED}")
+        raise BackboneError(f"{shown(name)} is of type {type(name).__name__}, not a backbone's name. {EXPECTED}")
     check_weights(weights)
     if weights is not None and random_weights:
         raise BackboneError(f"Both weights={str(weights)!r} and random_weights were given; choose one.")
@@ -76,7 +76,7 @@ def check_weights(weights: object) -> None:
             "give the module: img2vid.convert(module)."
         )
     if weights is not None and not isinstance(weights, (str, os.PathLike)):
-        raise WeightsError(f"weights={shown(weights)} is a {type(weights).__name__}; expected the path of a file.")
+        raise WeightsError(f"weights={shown(weights)} is of type {type(weights).__name__}; expected a file's path.")
     if weights is not None and (not str(weights).strip() or "\0" in str(weights)):
         raise WeightsError(
             f"weights={str(weights)!r} is no path. Give a .safetensors or .pth file, or leave it out. Was it an unset "
@@ -110,7 +110,7 @@ def wrap_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
         )
     if not isinstance(model, nn.Module):
         hint = " Give a folder's or file's path as text, with its library." if isinstance(model, os.PathLike) else ""
-        raise BackboneError(f"{shown(model)} is a {type(model).__name__}, not a model.{hint} {EXPECTED}")
+        raise BackboneError(f"{shown(model)} is of type {type(model).__name__}, not a model.{hint} {EXPECTED}")
     if hasattr(model, "gates_closed") or hasattr(getattr(model, "visual", None), "gates_closed"):
         raise BackboneError(f"This {type(model).__name__} already is a video model; convert a fresh image model.")
     tower = getattr(model, "visual", model)

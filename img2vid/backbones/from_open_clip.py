@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from img2vid.backbones.building import building, say_loading
 from img2vid.backbones.from_timm import check_divisible, describe_timm
 from img2vid.backbones.hub import ONLINE, fetching
-from img2vid.backbones.names import BackboneName
+from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
 from img2vid.config import shown
 from img2vid.errors import BackboneError, WeightsError, nearest
@@ -108,7 +108,9 @@ def check_known(name: BackboneName) -> None:
         return
     if get_model_config(name.architecture) is None:
         hint = nearest(name.architecture, open_clip.list_models())
-        raise BackboneError(f"open_clip {open_clip.__version__} has no model {shown(name.architecture)}.{hint}")
+        raise BackboneError(
+            f"open_clip {open_clip.__version__} has no model {shown(name.architecture)}.{hint} {EXPECTED}"
+        )
     tags = list_pretrained_tags_by_model(name.architecture)
     if name.tag and not get_pretrained_cfg(name.architecture, name.tag):
         have = ", ".join(tags) or "none"

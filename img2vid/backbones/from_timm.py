@@ -14,9 +14,10 @@ from torch import nn
 
 from img2vid.backbones.building import building, say_loading
 from img2vid.backbones.hub import fetching
-from img2vid.backbones.names import BackboneName
+from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
+from img2vid.config import shown
 from img2vid.errors import BackboneError, WeightsError, nearest
 from img2vid.weights import load_weights, read_state_dict
 
@@ -64,7 +65,7 @@ def load_timm(
     with building(str(name), described):
         arguments, model = with_any_size(full_name, {"num_classes": 0, **arguments})
     tower = describe_timm(model)  # refuse before downloading anything
-    if arguments.get("in_chans", 3) != tower.in_channels:
+    if arguments.get("in_chans", 3) != tower.in_channels or tower.in_channels < 1:
         raise BackboneError(f"in_chans={arguments['in_chans']} is not supported for {full_name}; leave it out.")
     is_ragged = any(pixels % patch for pixels, patch in zip(tower.image_size, tower.patch_size, strict=True))
     if is_ragged and "dynamic_img_size" not in described:
@@ -93,11 +94,11 @@ def load_timm(
 def check_known(name: BackboneName) -> None:
     if not timm.is_model(name.architecture):
         hint = nearest(name.architecture, timm.list_models())
-        raise BackboneError(f"timm {timm.__version__} has no model {name.architecture!r}.{hint}")
+        raise BackboneError(f"timm {timm.__version__} has no model {shown(name.architecture)}.{hint} {EXPECTED}")
     tags = [n.partition(".")[2] for n in timm.list_models(f"{name.architecture}.*", pretrained=True)]
     if name.tag and name.tag not in tags:
         have = ", ".join(tags) or "none"
-        raise BackboneError(f"timm has no weights {name.tag!r} for {name.architecture}. It has: {have}.")
+        raise BackboneError(f"timm has no weights {shown(name.tag)} for {name.architecture}. It has: {have}.")
 
 
 def with_any_size(full_name: str, arguments: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
