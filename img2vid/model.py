@@ -185,7 +185,7 @@ class VideoModel(Overlay, Saving):
 
     def normalize(self, clips: Tensor) -> Tensor:
         """Pixels 0..255 (..., 3, H, W), as read from a video, to what the backbone was trained on."""
-        shape = (3, 1, 1)
+        shape = (-1, 1, 1)  # (C, 1, 1)
         mean = torch.tensor(self.tower.preprocess.mean, device=clips.device).view(shape)
         std = torch.tensor(self.tower.preprocess.std, device=clips.device).view(shape)
         return (clips.float() / 255.0 - mean) / std

@@ -153,7 +153,7 @@ def render_inspection(facts: Inspection) -> str:
 
 
 def inspection_table(facts: Inspection) -> Group:
-    table = Table(title=facts.name, title_justify="left", title_style="bold", show_header=False)
+    table = Table(title=Text(facts.name), title_justify="left", title_style="bold", show_header=False)
     size = f"{facts.image_size[0]} x {facts.image_size[1]} pixels" + (", any other size too" if facts.any_size else "")
     total = sum(facts.parameters.values())
     rows = {
@@ -173,5 +173,5 @@ def inspection_table(facts: Inspection) -> Group:
         table.add_row(name, value)
     promises = Table(title="Unchanged at step 0", title_justify="left", title_style="bold", show_header=False)
     for mode, promise in facts.guarantees.items():
-        promises.add_row(mode, promise)
+        promises.add_row(mode + (" (this one)" if mode == facts.mode else ""), promise)
     return Group(table, promises)

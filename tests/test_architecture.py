@@ -15,7 +15,7 @@ TIERS = [
     {"_version", "errors"},
     {"config", "weightfiles", "overlay"},
     {"weights"},
-    {"guarantees"},
+    {"guarantees", "command", "options"},
     {"temporal"},
     {"backbones"},
     {"surgery"},

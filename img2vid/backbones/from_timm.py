@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from timm.models import cait
 from torch import nn
 
+from img2vid.backbones.building import building, say_loading
 from img2vid.backbones.hub import fetching
-from img2vid.backbones.names import BackboneName
+from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
 from img2vid.backbones.timm_weights import load_file
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
+from img2vid.config import shown
 from img2vid.errors import BackboneError, nearest
 from img2vid.weights import LoadReport
 
@@ -58,22 +61,27 @@ def load_timm(
     arguments = dict(arguments or {})
     full_name = name.architecture + (f".{name.tag}" if name.tag else "")
     described = dict(arguments)
-    arguments, model = with_any_size(full_name, {"num_classes": 0, **arguments})
+    with building(str(name), described):
+        arguments, model = with_any_size(full_name, {"num_classes": 0, **arguments})
     tower = describe_timm(model)  # refuse before downloading anything
+    if arguments.get("in_chans", 3) != tower.in_channels or tower.in_channels < 1:
+        raise BackboneError(f"in_chans={arguments['in_chans']} is not supported for {full_name}; leave it out.")
     is_ragged = any(pixels % patch for pixels, patch in zip(tower.image_size, tower.patch_size, strict=True))
     if is_ragged and "dynamic_img_size" not in described:
         # SigLIP at 384 pixels is 27.4 patches of 14: timm takes that as a fixed size only
         arguments.pop("dynamic_img_size", None)
-        model = skeleton(full_name, arguments)
+        with building(str(name), described):
+            model = skeleton(full_name, arguments)
     report = LoadReport()
+    say_loading(str(name), model, weights, random_weights)
     if weights is None and not random_weights:
-        with fetching(str(name)):
+        with building(str(name), described), fetching(f"the pretrained weights of {name}"):
             model = timm.create_model(full_name, pretrained=True, **arguments)
         source = f"timm {full_name}"
         set_image_size(model, image_size)
     else:
         if device != "meta":
-            with torch.device(device):
+            with building(str(name), described), torch.device(device):
                 model = timm.create_model(full_name, pretrained=False, **arguments)
         source = None
         set_image_size(model, image_size)  # first, so that a file of that size goes in as it is
@@ -86,11 +94,11 @@ def load_timm(
 def check_known(name: BackboneName) -> None:
     if not timm.is_model(name.architecture):
         hint = nearest(name.architecture, timm.list_models())
-        raise BackboneError(f"timm {timm.__version__} has no model {name.architecture!r}.{hint}")
+        raise BackboneError(f"timm {timm.__version__} has no model {shown(name.architecture)}.{hint} {EXPECTED}")
     tags = [n.partition(".")[2] for n in timm.list_models(f"{name.architecture}.*", pretrained=True)]
     if name.tag and name.tag not in tags:
         have = ", ".join(tags) or "none"
-        raise BackboneError(f"timm has no weights {name.tag!r} for {name.architecture}. It has: {have}.")
+        raise BackboneError(f"timm has no weights {shown(name.tag)} for {name.architecture}. It has: {have}.")
 
 
 def with_any_size(full_name: str, arguments: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
@@ -104,10 +112,8 @@ def with_any_size(full_name: str, arguments: dict[str, Any]) -> tuple[dict[str, 
         return wanted, skeleton(full_name, wanted)
     except TypeError as error:
         if "dynamic_img_size" in arguments or "dynamic_img_size" not in str(error):
-            raise BackboneError(f"timm cannot build {full_name} with {arguments}: {error}") from error
-        return arguments, skeleton(full_name, arguments)
-    except (RuntimeError, AssertionError) as error:  # old names of weights that were withdrawn, arguments at odds
-        raise BackboneError(f"timm cannot build {full_name}: {error}") from error
+            raise
+    return arguments, skeleton(full_name, arguments)
 
 
 def skeleton(full_name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -167,6 +173,7 @@ def describe_timm(model: nn.Module) -> ImageTower:
     conv = getattr(embed, "proj", None)
     kind = block_kind(blocks[0])
     config = getattr(model, "pretrained_cfg", None) or {}
+    in_channels = next((part.in_channels for part in embed.modules() if isinstance(part, nn.Conv2d)), 3)
     return ImageTower(
         module=model,
         blocks=[(f"{trunk_path}blocks.{i}", block) for i, block in enumerate(blocks)],
@@ -178,12 +185,19 @@ def describe_timm(model: nn.Module) -> ImageTower:
         or class_name.startswith(("NaFlex", "Qwen3", "Deepseek")),
         position=position_kind(trunk, embed, kind),
         patch_conv=conv if is_patch_projection(conv) and not hasattr(embed, "backbone") else None,
+        in_channels=in_channels,
         preprocess=Preprocess(
-            tuple(config.get("mean") or (0.5,) * 3),
-            tuple(config.get("std") or (0.5,) * 3),
+            pixel_statistic(config.get("mean"), in_channels),
+            pixel_statistic(config.get("std"), in_channels),
             config.get("interpolation") or "bicubic",
         ),
     )
+
+
+def pixel_statistic(values: Sequence[float] | None, in_channels: int) -> tuple[float, ...]:
+    """A mean or deviation per channel; of images that are not RGB, the average of the published three."""
+    values = tuple(values or (0.5,) * 3)
+    return values if len(values) == in_channels else (sum(values) / len(values),) * in_channels
 
 
 def image_class(block: nn.Module) -> type[nn.Module]:
