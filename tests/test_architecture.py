@@ -17,7 +17,7 @@ TIERS = [
     {"guarantees"},
     {"temporal"},
     {"backbones"},
-    {"surgery"},
+    {"surgery", "clips"},
     {"checkpoints.saving"},
     {"model"},
     {"evidence"},

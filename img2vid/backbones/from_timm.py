@@ -11,6 +11,7 @@ import torch
 from timm.models import cait
 from torch import nn
 
+from img2vid.backbones.any_size import set_cait_size
 from img2vid.backbones.hub import fetching
 from img2vid.backbones.names import BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
@@ -139,6 +140,8 @@ def set_image_size(model: nn.Module, image_size: tuple[int, int] | None) -> None
     check_divisible(image_size, tower.patch_size)
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=image_size)
+    elif isinstance(model, cait.Cait):
+        set_cait_size(model, image_size)
     elif tower.any_size:  # nothing is built for a size; timm keeps the usual one in the configuration
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (tower.in_channels, *image_size)}
     else:
@@ -179,6 +182,7 @@ def describe_timm(model: nn.Module) -> ImageTower:
         raise BackboneError(f"{class_name} cannot become a video model: {reason}.")
     embed = getattr(trunk, "patch_embed", None) or trunk.embeds
     conv = getattr(embed, "proj", None)
+    is_plain = is_patch_projection(conv) and not hasattr(embed, "backbone")
     kind = block_kind(blocks[0])
     config = getattr(model, "pretrained_cfg", None) or {}
     return ImageTower(
@@ -191,12 +195,14 @@ def describe_timm(model: nn.Module) -> ImageTower:
         any_size=bool(getattr(trunk, "dynamic_img_size", False))
         or class_name.startswith(("NaFlex", "Qwen3", "Deepseek")),
         position=position_kind(trunk, embed, kind),
-        patch_conv=conv if is_patch_projection(conv) and not hasattr(embed, "backbone") else None,
+        patch_conv=conv if is_plain else None,
+        in_channels=conv.in_channels if is_plain else 3,
         preprocess=Preprocess(
             tuple(config.get("mean") or (0.5,) * 3),
             tuple(config.get("std") or (0.5,) * 3),
             config.get("interpolation") or "bicubic",
         ),
+        pads=bool(getattr(embed, "dynamic_img_pad", False)),
     )
 
 
