@@ -58,8 +58,10 @@ def check_clips(clips: Tensor, tower: ImageTower, config: VideoConfig, weight: T
 
 
 def check_dtype(clips: Tensor, weight: Tensor) -> None:
+    device = clips.device.type
     is_sharded = hasattr(weight, "device_mesh")  # FSDP casts by its own policy
-    if clips.dtype == weight.dtype or is_sharded or torch.is_autocast_enabled(clips.device.type):
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if clips.dtype == weight.dtype or is_sharded or is_cast:
         return
     raise ClipError(
         f"Clips of dtype {clips.dtype} were given to a model of {weight.dtype}. Cast one of them, "

@@ -308,14 +308,11 @@ def build_model(backbone: Backbone, config: VideoConfig) -> VideoModel | VideoTe
     return VideoModel(backbone.tower.module, config)
 
 
-# a tower returns one tensor, or (CoCa: pooled, tokens) a tuple whose first one is the feature
-
-
 def first(features: Any) -> Tensor:
-    """The feature among what a tower returns."""
+    """The feature itself: most towers return it alone, some in front of others (CoCa: pooled, tokens)."""
     return features[0] if isinstance(features, tuple) else features
 
 
 def over(fn: Callable[[Tensor], Tensor], features: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    """``fn`` of each tensor a tower returns."""
+    """``fn`` of every tensor a tower returns, so that a tuple stays a tuple."""
     return tuple(map(fn, features)) if isinstance(features, tuple) else fn(features)

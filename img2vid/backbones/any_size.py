@@ -25,7 +25,7 @@ def take_any_size(tower: ImageTower) -> None:
     """Change the tower's timm model in place, and say so in ``tower.any_size``, where that can be done."""
     trunk = getattr(tower.module, "trunk", tower.module)
     embed = getattr(trunk, "patch_embed", None)
-    if tower.any_size or not isinstance(embed, (PatchEmbed, HybridEmbed)) or not embed.flatten:
+    if tower.any_size or not isinstance(embed, (PatchEmbed, HybridEmbed)) or not embed.flatten or not embed.img_size:
         return
     is_ragged = any(pixels % patch for pixels, patch in zip(tower.image_size, tower.patch_size, strict=True))
     if is_ragged and not embed.dynamic_img_pad:
