@@ -18,7 +18,7 @@ TIERS = [
     {"guarantees", "command", "options"},
     {"temporal"},
     {"backbones"},
-    {"surgery"},
+    {"surgery", "clips"},
     {"reloading"},
     {"checkpoints.saving"},
     {"model"},

@@ -11,6 +11,7 @@ import torch
 from timm.models import cait
 from torch import nn
 
+from img2vid.backbones.any_size import set_cait_size
 from img2vid.backbones.building import building, say_loading
 from img2vid.backbones.hub import fetching
 from img2vid.backbones.names import EXPECTED, BackboneName
@@ -131,6 +132,8 @@ def set_image_size(model: nn.Module, image_size: tuple[int, int] | None) -> None
     check_divisible(image_size, tower.patch_size)
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=image_size)
+    elif isinstance(model, cait.Cait):
+        set_cait_size(model, image_size)
     elif tower.any_size:  # nothing is built for a size; timm keeps the usual one in the configuration
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (tower.in_channels, *image_size)}
     else:
@@ -171,6 +174,7 @@ def describe_timm(model: nn.Module) -> ImageTower:
         raise BackboneError(f"{class_name} cannot become a video model: {reason}.")
     embed = getattr(trunk, "patch_embed", None) or trunk.embeds
     conv = getattr(embed, "proj", None)
+    is_plain = is_patch_projection(conv) and not hasattr(embed, "backbone")
     kind = block_kind(blocks[0])
     config = getattr(model, "pretrained_cfg", None) or {}
     in_channels = next((part.in_channels for part in embed.modules() if isinstance(part, nn.Conv2d)), 3)
@@ -184,13 +188,14 @@ def describe_timm(model: nn.Module) -> ImageTower:
         any_size=bool(getattr(trunk, "dynamic_img_size", False))
         or class_name.startswith(("NaFlex", "Qwen3", "Deepseek")),
         position=position_kind(trunk, embed, kind),
-        patch_conv=conv if is_patch_projection(conv) and not hasattr(embed, "backbone") else None,
+        patch_conv=conv if is_plain else None,
         in_channels=in_channels,
         preprocess=Preprocess(
             pixel_statistic(config.get("mean"), in_channels),
             pixel_statistic(config.get("std"), in_channels),
             config.get("interpolation") or "bicubic",
         ),
+        pads=bool(getattr(embed, "dynamic_img_pad", False)),
     )
 
 
