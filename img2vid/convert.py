@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 import types
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,8 @@ def convert(
 
     settings = merge(backbone, config, settings)
     loaded = load(backbone, weights=weights, random_weights=random_weights, dtype=dtype, settings=settings)
+    for note in loaded.report.notes:  # a choice was made in reading the file
+        warnings.warn(note, stacklevel=2)
     return build_model(loaded, make_config(loaded, settings)).eval()
 
 
@@ -218,8 +221,8 @@ def run(options: dict[str, Any]) -> int:
             settings=options,
         )
     progress.say(f"Loaded {loaded.name}, weights: {loaded.pretrained or 'random'}.")
-    if loaded.dropped:
-        progress.say(f"Dropped on purpose from the file: {', '.join(loaded.dropped)}.")
+    for difference in loaded.report.differences:
+        progress.say(difference)
     # the reference is the library's own modules around the same weights, so their values are noted separately
     config = make_config(loaded, options)
     reference = structural_copy(loaded.model if config.num_classes is None else loaded.tower.module)

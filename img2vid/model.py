@@ -23,6 +23,7 @@ from img2vid.checkpoints.saving import Saving
 from img2vid.config import VideoConfig
 from img2vid.errors import BackboneError, Img2VidError
 from img2vid.overlay import Overlay
+from img2vid.reloading import load_image_weights
 from img2vid.surgery import insert_time, num_shared_tokens
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
@@ -30,7 +31,7 @@ from img2vid.temporal.embeddings import resample_time_embed
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import InFront, put_in_front, take_from_front
-from img2vid.weights import LoadReport, load_weights
+from img2vid.weights import LoadReport
 
 # keys that a video model has beyond its image model, all below the image tower
 COPIED_KEYS = r"(.*\.)?temporal_(norm1|attn)\..*"
@@ -55,6 +56,7 @@ class VideoModel(Overlay, Saving):
     def __init__(self, image_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(image_model)
         self.config = config
+        self.image_weights = "a module that was given"  # where they come from, for people to read
         self.tower: ImageTower = describe(image_model)
         self.clip = ClipContext()
         if any(isinstance(block, InFront) for _, block in self.tower.blocks):
@@ -220,9 +222,17 @@ class VideoModel(Overlay, Saving):
                 for parameter, value in zip(parameters, values, strict=True):
                     parameter.copy_(value)
 
-    def load_image_weights(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load an image checkpoint: its keys fit as they are, and exactly the keys about time may be missing."""
-        return load_weights(self, state, allow_new=[NEW_KEYS, COPIED_KEYS], source="the image checkpoint")
+    def load_image_weights(self, state: Mapping[str, Tensor], refresh_copies: bool = True) -> LoadReport:
+        """Load an image checkpoint: its keys fit as they are, and exactly the keys about time may be missing.
+
+        Args:
+            refresh_copies: where temporal attention began as a copy of attention over space, copy it again from the new
+                weights. False keeps it as it is, trained or a copy of the old ones.
+
+        Raises:
+            WeightsError: keys that do not fit; or copies to be refreshed that training has put to use.
+        """
+        return load_image_weights(self, self, state, refresh_copies, time_keys=[NEW_KEYS, COPIED_KEYS])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input during training and run the block, temporal branch included, twice."""
@@ -284,9 +294,9 @@ class VideoTextModel(Overlay, Saving):
     def origin(self, name: str) -> str:
         return self.visual.origin(name)
 
-    def load_image_weights(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load an image-text checkpoint; exactly the keys about time may be missing."""
-        return load_weights(self, state, allow_new=[NEW_KEYS, COPIED_KEYS], source="the image-text checkpoint")
+    def load_image_weights(self, state: Mapping[str, Tensor], refresh_copies: bool = True) -> LoadReport:
+        """Load an image-text checkpoint, both towers; as ``VideoModel.load_image_weights``."""
+        return load_image_weights(self, self.visual, state, refresh_copies, time_keys=[NEW_KEYS, COPIED_KEYS])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.visual.set_grad_checkpointing(enable)
@@ -299,9 +309,10 @@ class VideoTextModel(Overlay, Saving):
 
 def build_model(backbone: Backbone, config: VideoConfig) -> VideoModel | VideoTextModel:
     """The video model of a loaded backbone, in place: with text if it has a text tower and no classifier is wanted."""
-    if backbone.has_text and config.num_classes is None:
-        return VideoTextModel(backbone.model, config)
-    return VideoModel(backbone.tower.module, config)
+    with_text = backbone.has_text and config.num_classes is None
+    model = VideoTextModel(backbone.model, config) if with_text else VideoModel(backbone.tower.module, config)
+    (model.visual if isinstance(model, VideoTextModel) else model).image_weights = backbone.pretrained or "random"
+    return model
 
 
 class ClipError(Img2VidError):

@@ -13,11 +13,13 @@ ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
     {"_version", "errors"},
-    {"config", "weights", "overlay"},
+    {"config", "weightfiles", "overlay"},
+    {"weights"},
     {"guarantees", "command", "options"},
     {"temporal"},
     {"backbones"},
     {"surgery"},
+    {"reloading"},
     {"checkpoints.saving"},
     {"model"},
     {"evidence"},

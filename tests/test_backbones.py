@@ -73,7 +73,7 @@ def test_local_weights_of_a_timm_model(tmp_path, suffix):
     state = {k: v.contiguous() for k, v in donor.state_dict().items()}
     save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": state}, path)
     backbone = load_backbone("vit_tiny", weights=path)
-    assert backbone.dropped == ["head.bias", "head.weight"]
+    assert backbone.report.dropped == ["head.bias", "head.weight"]
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         expected = donor.eval().forward_head(donor.forward_features(images), pre_logits=True)

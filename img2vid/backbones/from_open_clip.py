@@ -12,7 +12,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import _find_checkpoint_in_dir, get_model_config, load_checkpoint
+from open_clip.factory import _find_checkpoint_in_dir, get_model_config
 from open_clip.model import _build_vision_tower
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
@@ -23,11 +23,12 @@ from img2vid.backbones.building import building, say_loading
 from img2vid.backbones.from_timm import check_divisible, describe_timm
 from img2vid.backbones.hub import ONLINE, fetching
 from img2vid.backbones.names import EXPECTED, BackboneName
+from img2vid.backbones.open_clip_weights import load_file
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
 from img2vid.config import shown
 from img2vid.errors import BackboneError, WeightsError, nearest
 from img2vid.temporal.embeddings import resample_pos_embed
-from img2vid.weights import read_state_dict
+from img2vid.weights import LoadReport
 
 LOCAL_WAY = "download it elsewhere, and give the folder: --backbone open_clip:local-dir:FOLDER"
 
@@ -62,7 +63,7 @@ def load_open_clip(
 
     Args:
         name: architecture and tag.
-        weights: local file instead of the tag's weights, read with ``weights_only=True`` and loaded strictly.
+        weights: local file instead of the tag's weights; every key is accounted for.
         random_weights: no weights at all.
         image_size: pixels (height, width); position embeddings are resampled.
         arguments: further keyword arguments of ``open_clip.create_model``.
@@ -94,12 +95,12 @@ def load_open_clip(
                 **arguments,
             )
     source = None if random_weights else f"open_clip {name.architecture}/{name.tag}".removesuffix("/None")
+    tower, report = describe_open_clip(model.visual), LoadReport()
+    set_image_size(model.visual, tower, image_size)  # first, so that a file of that size goes in as it is
     if weights is not None:
-        load_file(model, weights)
-        source = str(weights)
-    tower = describe_open_clip(model.visual)
-    set_image_size(model.visual, tower, image_size)
-    return Backbone(model.eval(), describe_open_clip(model.visual), str(name), described, source)
+        report = load_file(model, describe_open_clip(model.visual), weights)
+        source = f"the file {Path(weights).name}"
+    return Backbone(model.eval(), describe_open_clip(model.visual), str(name), described, source, report)
 
 
 def check_known(name: BackboneName) -> None:
@@ -196,15 +197,6 @@ def quiet_open_clip() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def load_file(model: nn.Module, path: str | Path) -> None:
-    """Load a local file with open_clip's own converters (OpenAI and SigLIP layouts among them), strictly."""
-    read_state_dict(path)  # our own errors for files that are missing, damaged or malicious
-    try:
-        load_checkpoint(model, str(path), strict=True, weights_only=True)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise WeightsError(f"{path} does not fit this {type(model).__name__}: {error}") from error
 
 
 def set_image_size(module: nn.Module, tower: ImageTower, image_size: tuple[int, int] | None) -> None:

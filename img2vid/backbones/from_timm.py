@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from img2vid.backbones.building import building, say_loading
 from img2vid.backbones.hub import fetching
 from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
+from img2vid.backbones.timm_weights import load_file
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
 from img2vid.config import shown
-from img2vid.errors import BackboneError, WeightsError, nearest
-from img2vid.weights import load_weights, read_state_dict
+from img2vid.errors import BackboneError, nearest
+from img2vid.weights import LoadReport
 
 # Models that are called ViT-like but whose tokens do not stay in fixed columns from block to block, so that "the same
 # position in the next frame" means nothing to their blocks; or whose attention is not yet read.
@@ -36,7 +36,6 @@ REFUSALS = {
     "Gemma4VitEncoder": "its blocks take masks and position tables per image that know nothing of clips",
     "Gemma4VitClassifier": "its blocks take masks and position tables per image that know nothing of clips",
 }
-CLASSIFIER_KEYS = [r"(head|head_dist|fc|head\.fc)\.(weight|bias)"]
 
 
 def load_timm(
@@ -73,22 +72,23 @@ def load_timm(
         arguments.pop("dynamic_img_size", None)
         with building(str(name), described):
             model = skeleton(full_name, arguments)
-    dropped: list[str] = []
+    report = LoadReport()
     say_loading(str(name), model, weights, random_weights)
     if weights is None and not random_weights:
         with building(str(name), described), fetching(f"the pretrained weights of {name}"):
             model = timm.create_model(full_name, pretrained=True, **arguments)
         source = f"timm {full_name}"
+        set_image_size(model, image_size)
     else:
         if device != "meta":
             with building(str(name), described), torch.device(device):
                 model = timm.create_model(full_name, pretrained=False, **arguments)
         source = None
+        set_image_size(model, image_size)  # first, so that a file of that size goes in as it is
         if weights is not None:
-            dropped = load_file(model, weights)
-            source = str(weights)
-    set_image_size(model, image_size)
-    return Backbone(model.eval(), describe_timm(model), str(name), described, source, dropped)
+            report = load_file(model, weights)
+            source = f"the file {Path(weights).name}"
+    return Backbone(model.eval(), describe_timm(model), str(name), described, source, report)
 
 
 def check_known(name: BackboneName) -> None:
@@ -119,20 +119,6 @@ def with_any_size(full_name: str, arguments: dict[str, Any]) -> tuple[dict[str, 
 def skeleton(full_name: str, arguments: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
         return timm.create_model(full_name, pretrained=False, **arguments)
-
-
-def load_file(model: nn.Module, path: str | Path) -> list[str]:
-    """Load a local weights file; returns the classifier keys it held, which a feature extractor has no place for."""
-    state = read_state_dict(path)
-    to_timm = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if to_timm is not None:
-        try:
-            state = to_timm(state, model)
-        except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
-            raise WeightsError(
-                f"{path} is not in a layout timm knows for {type(model).__name__} ({type(error).__name__}: {error})."
-            ) from error
-    return load_weights(model, state, allow_dropped=CLASSIFIER_KEYS, source=str(path)).dropped
 
 
 def set_image_size(model: nn.Module, image_size: tuple[int, int] | None) -> None:

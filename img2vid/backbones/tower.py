@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from img2vid.weights import LoadReport
+
 
 @dataclass
 class Preprocess:
@@ -55,7 +57,7 @@ class Backbone:
         name: canonical name, None where the module was passed in by hand.
         arguments: keyword arguments it was built with beyond its name.
         pretrained: where its weights come from, None for random ones.
-        dropped: keys of the pretrained weights that were left out on purpose.
+        report: where every key of a local weights file went.
     """
 
     model: nn.Module
@@ -63,7 +65,7 @@ class Backbone:
     name: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     pretrained: str | None = None
-    dropped: list[str] = field(default_factory=list)
+    report: LoadReport = field(default_factory=LoadReport)
 
     @property
     def has_text(self) -> bool:
