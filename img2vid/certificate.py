@@ -32,6 +32,7 @@ from img2vid.evidence import (
 from img2vid.guarantees import Guarantee
 from img2vid.liveness import Liveness, measure_liveness, three_acts
 from img2vid.model import VideoModel, VideoTextModel
+from img2vid.temporal.infront import own_class
 from img2vid.weights import listed
 
 
@@ -175,9 +176,10 @@ def check_reference(video: VideoModel, image: nn.Module) -> None:
     """Say how the reference is another model, before a library does in its own terms."""
     if isinstance(image, VideoModel):
         raise Img2VidError("The reference of a certificate is the image model, but a VideoModel was given.")
-    if not isinstance(video.base, type(image)) and not isinstance(image, type(video.base)):
+    if not isinstance(video.base, own_class(image)) and not isinstance(image, own_class(video.base)):
         raise Img2VidError(
-            f"The reference is a {type(image).__name__}, but the model was made from a {type(video.base).__name__}."
+            f"The reference is a {own_class(image).__name__}, but the model was made from a "
+            f"{own_class(video.base).__name__}."
         )
     own = {key: tuple(t.shape) for key, t in video.state_dict().items() if video.origin(key) == "pretrained"}
     theirs = {key: tuple(t.shape) for key, t in image.state_dict().items()}

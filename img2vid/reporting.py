@@ -43,7 +43,7 @@ def verdict(good: bool | None) -> Text:
 def certificate_table(certificate: Certificate) -> Group:
     """The certificate as people read it."""
     title = f"Certificate: {certificate.backbone or 'given module'}, {certificate.attention}, {certificate.prefix_mode}"
-    table = Table(title=title, title_justify="left", title_style="bold", expand=False)
+    table = Table(title=Text(title), title_justify="left", title_style="bold", expand=False)
     for header in ("clip", "T", "claim", "max |difference|\nclip feature", "any frame", "any layer", ""):
         table.add_column(header, justify="right" if header in ("T", "any frame", "any layer") else "left")
     for row in certificate.comparisons:
