@@ -42,7 +42,7 @@ def take_any_size(tower: ImageTower) -> None:
 class AnySize(InFront):
     """Stands in front of timm's ViT or EVA and, for images of another size, takes timm's own path for any size."""
 
-    title = "AnySize"
+    title = ""  # to those who print it, it still is its library's class
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (B, C, H, W)
         if tuple(x.shape[-2:]) == tuple(self.patch_embed.img_size):
@@ -71,7 +71,7 @@ class AnySize(InFront):
 class AnySizeCait(InFront):
     """CaiT adds its learned positions as they are; here they fit the patches first."""
 
-    title = "AnySize"
+    title = ""
 
     def forward_features(self, x: Tensor) -> Tensor:
         grid, native = self.patch_embed.dynamic_feat_size(x.shape[-2:]), self.patch_embed.grid_size
