@@ -22,7 +22,7 @@ from pathlib import Path
 from img2vid.data import sampling
 from img2vid.data.errors import ListError, VideoError
 from img2vid.data.lists import READERS, read_list
-from img2vid.data.manifest import FORMATS, Row, VideoList, write_manifest
+from img2vid.data.manifest import FORMATS, Row, VideoList, looks_like_number, write_manifest
 from img2vid.data.reading import open_video
 
 
@@ -141,7 +141,12 @@ def write_quarantine(findings: Iterable[Finding], path: Path) -> None:
 
 
 def named_rows(videos: VideoList, rows: Iterable[Row]) -> list[Row]:
-    """Rows with class names for labels again, so that a written list does not depend on the numbering."""
+    """Rows with class names for labels again, so that a written list does not depend on the numbering.
+
+    Unless a name looks like a number, as folders named 1, 2, 10 do: it would be read as one, and not as the same.
+    """
+    if any(map(looks_like_number, videos.class_names or ())):
+        return list(rows)
     return [row if row.label is None else replace(row, label=_name(videos, row.label)) for row in rows]
 
 
@@ -183,6 +188,11 @@ def _check_and_print(videos: VideoList, args) -> int:
         report = check_list(videos, args.min_frames, not args.fast, args.num_workers, lambda: progress.advance(task))
     for name, count in report.class_counts.items():
         print(f"class {name}: {count}" + ("" if count else "   <- no good video"))
+    labels = {row.label for row in videos.rows if row.label is not None}
+    if videos.class_names is None and labels and min(labels) > 0:
+        print(
+            f"labels begin at {min(labels)}: class numbers count from 0, so {max(labels)} needs {max(labels) + 1} classes"
+        )
     for row, earlier in report.duplicates:
         print(f"duplicate: {row.where}: {row.path} has the content of {earlier.path} ({earlier.where})")
     for found in report.quarantined:

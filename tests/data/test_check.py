@@ -74,6 +74,18 @@ def test_the_checked_list_is_a_good_list(mixed):
     assert check.main([str(mixed / "b.jsonl"), "--fast", "--num-workers", "1"]) == 0
 
 
+def test_folders_named_by_numbers_keep_their_class_numbers(mixed, tmp_path, capsys):
+    for name in ("1", "2", "10"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        shutil.copy(mixed / "good.mp4", tmp_path / "set" / name / f"{name}.mp4")
+    assert check.main([str(tmp_path / "set"), "--output", str(tmp_path / "checked.csv"), "--num-workers", "1"]) == 0
+    numbers = {Path(row.path).name: row.label for row in read_list(tmp_path / "set").rows}
+    assert {Path(row.path).name: row.label for row in read_list(tmp_path / "checked.csv").rows} == numbers
+    (tmp_path / "ones.txt").write_text(f"{mixed}/good.mp4 1\n{mixed}/copy.mp4 2\n")
+    assert check.main([str(tmp_path / "ones.txt"), "--num-workers", "1"]) == 0
+    assert "labels begin at 1: class numbers count from 0, so 2 needs 3 classes" in capsys.readouterr().out
+
+
 def test_wrong_lists_exit_with_2(mixed, capsys):
     assert check.main([str(mixed / "none.csv")]) == 2
     (mixed / "bad.csv").write_text("path,label\n,3\n")

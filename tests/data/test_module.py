@@ -150,27 +150,60 @@ def test_wrong_arguments_teach(video_folder, tmp_path, options, words):
         trainer(tmp_path, max_epochs=1).fit(Recorder(), datamodule=VideoData(str(video_folder), **given))
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def run_on_two_processes(folder, body: str) -> list:
+    """Run `body` in two processes with `run(**options)`, a trainer; what each rank left in `seen`."""
+    script = folder / "run.py"
+    script.write_text(
+        f"import json, sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "import lightning.pytorch as pl\n"
+        "from tests.data.test_module import Recorder, data\n"
+        "def run(**options):\n"
+        "    quiet = dict(enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)\n"
+        "    quiet |= dict(accelerator='cpu', devices=2, strategy='ddp', logger=False)\n"
+        "    return pl.Trainer(**quiet, **options)\n" + body + "\n"
+        f"json.dump(module.seen, open({str(folder)!r} + '/rank%d.json' % trainer.global_rank, 'w'))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_two_processes_stopped_in_an_epoch_see_what_an_unbroken_run_sees(video_folder, tmp_path, steps):
+    """10 videos, batches of 2, 2 processes: 2 steps make an epoch; stopped in the first, at its end, in the second."""
+    parts = {}
+    for name, options in {
+        "unbroken": "max_epochs=3, enable_checkpointing=False",
+        "first": f"max_steps={steps}, default_root_dir={str(tmp_path)!r}, callbacks=[saver]",
+        "rest": "max_epochs=3, enable_checkpointing=False",
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        resume = f", ckpt_path={str(tmp_path / 'saved' / 'last.ckpt')!r}, weights_only=True" if name == "rest" else ""
+        where, period = str(tmp_path / "saved"), f"every_n_train_steps={steps}"
+        parts[name] = run_on_two_processes(
+            folder,
+            f"saver = pl.callbacks.ModelCheckpoint({where!r}, filename='last', {period})\n"
+            f"trainer, module = run({options}), Recorder()\n"
+            f"trainer.fit(module, datamodule=data({str(video_folder)!r}){resume})",
+        )
+    for rank in range(2):
+        assert len(parts["first"][rank]) == steps and len(parts["unbroken"][rank]) == 6
+        assert parts["first"][rank] + parts["rest"][rank] == parts["unbroken"][rank]
+
+
 @pytest.mark.multiprocess
 def test_two_processes_share_epochs_and_evaluation(video_folder, tmp_path):
-    script = tmp_path / "run.py"
-    root = Path(__file__).parents[2]
-    script.write_text(
-        f"import json, os, sys\nsys.path.insert(0, {str(root)!r})\n"
-        "from tests.data.test_module import Recorder, data\n"
-        f"folder, out = {str(video_folder)!r}, {str(tmp_path)!r}\n"
-        "import lightning.pytorch as pl\n"
-        "run = pl.Trainer(accelerator='cpu', devices=2, strategy='ddp', max_epochs=2, logger=False,\n"
-        "                 enable_progress_bar=False, enable_checkpointing=False, num_sanity_val_steps=0)\n"
-        "module = Recorder()\n"
-        "run.fit(module, datamodule=data(folder, val_list=folder))\n"
-        "json.dump(module.seen, open(f'{out}/rank{run.global_rank}.json', 'w'))\n"
+    ranks = run_on_two_processes(
+        tmp_path,
+        "trainer, module = run(max_epochs=2, enable_checkpointing=False), Recorder()\n"
+        f"trainer.fit(module, datamodule=data({str(video_folder)!r}, val_list={str(video_folder)!r}))",
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(
-        launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for epoch in range(2):
         shares = [[i for b in rank if b[0] == [epoch] * 2 for i in b[1]] for rank in ranks]
         assert len(shares[0]) == len(shares[1]) == 4 and not set(shares[0]) & set(shares[1])
