@@ -190,9 +190,8 @@ def _check_and_print(videos: VideoList, args) -> int:
         print(f"class {name}: {count}" + ("" if count else "   <- no good video"))
     labels = {row.label for row in videos.rows if row.label is not None}
     if videos.class_names is None and labels and min(labels) > 0:
-        print(
-            f"labels begin at {min(labels)}: class numbers count from 0, so {max(labels)} needs {max(labels) + 1} classes"
-        )
+        first, last = min(labels), max(labels)
+        print(f"labels begin at {first}: class numbers count from 0, so {last} needs {last + 1} classes")
     for row, earlier in report.duplicates:
         print(f"duplicate: {row.where}: {row.path} has the content of {earlier.path} ({earlier.where})")
     for found in report.quarantined:
