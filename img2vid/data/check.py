@@ -10,6 +10,7 @@ import argparse
 import csv
 import hashlib
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -107,18 +108,20 @@ def in_processes(work: Callable, items: Iterable, arguments: tuple, num_workers:
     A killed process breaks the whole pool, whoever did it; what was unfinished is then done one item at a time.
     """
     left, spawn = dict(enumerate(items)), get_context("spawn")  # a forked child of a threaded process can deadlock
+    pool = ProcessPoolExecutor(min(num_workers or os.cpu_count() or 1, len(left)), spawn, finish_what_was_begun)
     try:
-        with ProcessPoolExecutor(min(num_workers or os.cpu_count() or 1, len(left)), spawn) as pool:
-            futures = {pool.submit(work, item, *arguments): number for number, item in left.items()}
-            for future in as_completed(futures):
-                result = future.result()
-                del left[futures[future]]
-                on_progress()
-                yield futures[future], result
+        futures = {pool.submit(work, item, *arguments): number for number, item in left.items()}
+        for future in as_completed(futures):
+            result = future.result()
+            del left[futures[future]]
+            on_progress()
+            yield futures[future], result
     except BrokenProcessPool:
         pass
+    finally:  # nothing new after Ctrl-C
+        pool.shutdown(cancel_futures=True)
     while left:
-        with ProcessPoolExecutor(1, spawn) as pool:
+        with ProcessPoolExecutor(1, spawn, finish_what_was_begun) as pool:
             for number in list(left):
                 item = left.pop(number)
                 try:
@@ -129,6 +132,11 @@ def in_processes(work: Callable, items: Iterable, arguments: tuple, num_workers:
                 yield number, result
                 if isinstance(result, VideoError):
                     break  # this pool is gone
+
+
+def finish_what_was_begun() -> None:
+    """Ctrl-C reaches every process of a command; only the one that was started by hand should act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def write_quarantine(findings: Iterable[Finding], path: Path) -> None:
@@ -157,7 +165,13 @@ def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", help="text file with one class name per line, in the order of their numbers")
     parser.add_argument("--split", type=int, default=1, help="HMDB51: which split")
     parser.add_argument("--subset", default="train", help="HMDB51: train or test")
-    parser.add_argument("--num-workers", type=int, default=None, help="processes (default: one per core)")
+    parser.add_argument("--num-workers", type=at_least_one, default=None, help="processes (default: one per core)")
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number, 1 or more, given {text!r}")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,9 +184,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         videos = read_list(args.list, args.format, args.root, args.classes, args.split, args.subset)
         return _check_and_print(videos, args)
-    except ListError as error:
+    except (ListError, OSError) as error:  # OSError: the disk is full, the folder cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
 
 
 def _check_and_print(videos: VideoList, args) -> int:

@@ -80,17 +80,11 @@ class ClipLoader(DataLoader):
         return {"epoch": self.sampler.epoch, "batches": self.batches, **self._plan()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError if the epoch was begun under other circumstances: its rest would be another one."""
-        plan = self._plan()
+        """Raises ValueError if an epoch was begun under other circumstances (`refuse_another_plan`)."""
         epoch, batches = state["epoch"], state["batches"]
         if batches >= state["rows"] // state["world_size"] // state["batch_size"]:  # saved after the epoch's last batch
             epoch, batches = epoch + 1, 0
-        changed = [f"{name} was {state[name]} and is {plan[name]}" for name in plan if state[name] != plan[name]]
-        if changed and batches:
-            raise ValueError(
-                f"the checkpoint was saved in the middle of an epoch (after {batches} batches), and what remains of it "
-                f"cannot be told: {', '.join(changed)}. Keep these as they were, or resume from the end of an epoch"
-            )
+        refuse_another_plan(state, self._plan(), batches)
         self.sampler.set_epoch(epoch)
         self.sampler.start, self.batches = batches * self.batch_size, batches
 
@@ -98,6 +92,16 @@ class ClipLoader(DataLoader):
         """What decides which videos the batches of an epoch hold."""
         sizes = {"rows": self.sampler.rows, "world_size": self.sampler.num_replicas, "batch_size": self.batch_size}
         return {**sizes, "seed": self.dataset.seed}
+
+
+def refuse_another_plan(saved: dict, plan: dict, batches: int) -> None:
+    """A number of batches means nothing for a list, a world size or a seed other than it was counted with."""
+    changed = [f"{name} was {saved[name]} and is {value}" for name, value in plan.items() if saved[name] != value]
+    if changed and batches:
+        raise ValueError(
+            f"the checkpoint was saved in the middle of an epoch (after {batches} batches), and what remains of it "
+            f"cannot be told: {', '.join(changed)}. Keep these as they were, or resume from the end of an epoch"
+        )
 
 
 def one_thread(worker_id: int) -> None:

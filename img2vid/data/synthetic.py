@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         with Progress(transient=True) as progress:
             task = progress.add_task("drawing", total=sum(getattr(settings, split) for split in SPLITS))
             make_motion_set(folder, settings, lambda: progress.advance(task))
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {settings.train} + {settings.val} + {settings.test} videos and their manifests to {folder}")
