@@ -81,6 +81,7 @@ class ClipLoader(DataLoader):
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError if an epoch was begun under other circumstances (`refuse_another_plan`)."""
+        state = {**self._plan(), **state}
         epoch, batches = state["epoch"], state["batches"]
         if batches >= state["rows"] // state["world_size"] // state["batch_size"]:  # saved after the epoch's last batch
             epoch, batches = epoch + 1, 0

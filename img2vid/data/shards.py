@@ -208,6 +208,7 @@ class ShardLoader(DataLoader):
 
         Raises ValueError if an epoch was begun under other circumstances (`refuse_another_plan`).
         """
+        state = {**self._plan(), **state}
         epoch, batches = state["epoch"], state["batches"]
         if batches >= state["length"]:
             epoch, batches = epoch + 1, 0
