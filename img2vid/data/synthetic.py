@@ -79,8 +79,8 @@ class MotionSettings:
     val: int = 160
     test: int = 160
     size: int = 64
-    num_frames: int = 16
-    frames_per_second: int = 8
+    num_frames: int = 24  # the middles of 8 equal parts lie symmetrically in time; those of 16 frames do not
+    frames_per_second: int = 12
     difficulty: str = "medium"
     seed: int = 0
 
