@@ -20,13 +20,13 @@ TIERS = [
     {"surgery"},
     {"checkpoints.saving"},
     {"model"},
-    {"evidence"},
+    {"evidence", "tuning"},
     {"certificate", "checkpoints", "grafts"},
     {"inspection", "convert", "training", "evaluation", "export"},
     {"cli", "__init__"},
     {"__main__"},
 ]
-LEAVES = {"data", "objectives", "tuning", "reporting", "plots", "estimate"}
+LEAVES = {"data", "objectives", "reporting", "plots", "estimate"}
 
 
 def modules():
