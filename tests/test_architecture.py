@@ -22,7 +22,7 @@ TIERS = [
     {"model"},
     {"evidence", "tuning"},
     {"certificate", "checkpoints", "grafts"},
-    {"inspection", "convert", "training", "evaluation", "export"},
+    {"inspection", "convert", "interpolation", "training", "evaluation", "export"},
     {"cli", "__init__"},
     {"__main__"},
 ]
