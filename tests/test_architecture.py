@@ -20,13 +20,14 @@ TIERS = [
     {"surgery"},
     {"checkpoints.saving"},
     {"model"},
-    {"evidence", "tuning"},
+    {"evidence", "tuning", "footprint"},
     {"certificate", "checkpoints", "grafts"},
     {"inspection", "convert", "interpolation", "training", "evaluation", "export"},
+    {"estimate"},
     {"cli", "__init__"},
     {"__main__"},
 ]
-LEAVES = {"data", "objectives", "reporting", "plots", "estimate"}
+LEAVES = {"data", "objectives", "reporting", "plots"}
 
 
 def modules():
