@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -94,8 +94,8 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], inputs: list[Tensor], 
     meter = Meter([*model.parameters(), *model.buffers(), *inputs])
     hooks = [p.register_post_accumulate_grad_hook(meter.gradient) for p in model.parameters() if p.requires_grad]
     try:
-        with meter:
-            with bfloat16_as_on_gpus(autocast):
+        with meter, norms_in_float32():
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 value = loss()
             forward_flops, stored = meter.flops, meter.activations
             value.backward()
@@ -108,21 +108,21 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], inputs: list[Tensor], 
 
 
 @contextmanager
-def bfloat16_as_on_gpus(enabled: bool) -> Iterator[None]:
-    """CPU autocast, but with norms in float32, where autocast for GPUs has them and keeps their inputs."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-        if not enabled:
-            yield
-        else:
-            with NormsInFloat32():
-                yield
+def norms_in_float32() -> Iterator[None]:
+    """Inside CPU autocast, layer norms in float32, where autocast for GPUs has them and keeps their inputs.
 
+    In place of torch's function while it lasts: function modes and hooks do not reach what checkpointing runs again.
+    """
+    layer_norm = F.layer_norm
 
-class NormsInFloat32(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.layer_norm, torch.group_norm):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
+    def as_on_gpus(x: Tensor, *args, **kwargs) -> Tensor:
+        return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+
+    F.layer_norm = as_on_gpus
+    try:
+        yield
+    finally:
+        F.layer_norm = layer_norm
 
 
 class Meter(TorchDispatchMode):

@@ -11,7 +11,7 @@ from img2vid.backbones.tower import on_meta
 from img2vid.cli import main as cli
 from img2vid.errors import Img2VidError
 from img2vid.estimate import estimate
-from img2vid.footprint import bfloat16_as_on_gpus, make_fake, measure, measure_on_nothing
+from img2vid.footprint import make_fake, measure, measure_on_nothing, norms_in_float32
 from img2vid.inspection import inspect
 from img2vid.tuning import freeze
 from tests.conftest import small_clip, small_vit
@@ -68,20 +68,22 @@ def test_fake_steps_cost_what_real_steps_cost(kwargs):
     assert (real.forward_flops, real.step_flops) == (fake.forward_flops, fake.step_flops)
 
     def forward():
-        with bfloat16_as_on_gpus(autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return loss()
 
     with FlopCounterMode(display=False) as counter:
         forward().backward()
     assert counter.get_total_flops() == fake.step_flops
     model.zero_grad(set_to_none=True)
-    _, stored, _ = allocated(forward)
-    most, gradients, _ = allocated(lambda: forward().backward())
-    # checkpointing notes the state of the random generator for each of 3 + 2 blocks, which no operator makes
-    noted = torch.get_rng_state().nbytes * (5 if kwargs.get("checkpointing") else 0)
-    assert fake.stored_bytes == pytest.approx(stored, rel=0.01, abs=noted)
-    # matrix products of CPUs in bfloat16 take some room of their own
-    assert fake.peak_bytes == pytest.approx(most, rel=0.05 if autocast else 0.01, abs=noted)
+    with norms_in_float32():
+        _, stored, _ = allocated(forward)
+        most, gradients, _ = allocated(lambda: forward().backward())
+    # checkpointing notes the state of the random generator for each block, which no operator makes
+    num_blocks = (3 if "num_classes" in kwargs else 3 + 2) if kwargs.get("checkpointing") else 0
+    noted = torch.get_rng_state().nbytes * num_blocks
+    assert fake.stored_bytes + noted == pytest.approx(stored, rel=0.01)
+    # in bfloat16 CPUs need room inside an operator, which is large beside a model as small as this
+    assert fake.peak_bytes + noted == pytest.approx(most, rel=0.25 if autocast else 0.02)
     assert fake.gradient_bytes == pytest.approx(gradients, rel=0.01)
     assert fake.gradient_bytes == sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     assert max(fake.stored_bytes, fake.gradient_bytes) <= fake.peak_bytes

@@ -337,6 +337,16 @@ def test_rates_are_the_formula():
     }
 
 
+def test_the_text_tower_has_a_rate_of_its_own():
+    model = video_clip()
+    for layer_decay in (None, 0.5):
+        groups = parameter_groups(model, 1.0, multipliers={"text": 0.25}, layer_decay=layer_decay)
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        assert rates[id(model.text_projection)] == 0.25
+        assert rates[id(model.visual.proj)] == rates[id(model.logit_scale)] == 1.0
+    assert {"text/pretrained", "pretrained"} <= {group["name"] for group in parameter_groups(model, 1.0)}
+
+
 def test_weight_decay_pulls_matrices_only():
     names = decayed_names(video_clip(gate="tanh"))
     assert names == {
@@ -377,7 +387,7 @@ def test_adamw_and_sgd_take_their_settings():
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": "1e-4"}, "write 1.0e-4"),
         ({"lr": float("nan")}, "lr=nan"),
-        ({"multipliers": {"old": 1.0}}, "unknown origin 'old'"),
+        ({"multipliers": {"old": 1.0}}, "unknown 'old'.*Known: pretrained"),
         ({"multipliers": {"new": -1.0}}, "multipliers\\['new'\\]"),
         ({"layer_decay": 0.0}, "layer_decay=0.0"),
         ({"layer_decay": 1.5}, "layer_decay=1.5"),
