@@ -164,6 +164,8 @@ class GradualUnfreezing:
     def waiting(self, model: VideoModel | VideoTextModel, now: int) -> dict[str, nn.Parameter]:
         """Pretrained parameters that must not move yet."""
         thawed = self.thawed(now)
+        if thawed == float("inf"):
+            return {}
         groups = [g for g in layer_groups(model) if g.origin == "pretrained" and g.from_output >= thawed]
         return {name: parameter for group in groups for name, parameter in group.parameters.items()}
 
