@@ -2,13 +2,14 @@
 
 Four kinds of clip are shown to both models on the same folded batch (one frame; one frame repeated; different frames;
 those frames shuffled), and what comes out of every block and of the whole is compared. Then the gates are pushed off
-zero (the output must move), closed again (it must come back bit for bit), and two optimiser steps show where gradient
-arrives.
+zero (the output must move, and each frame must notice when the others change), closed again (it must come back bit for
+bit), and two optimiser steps show where gradient arrives.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,22 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from img2vid.backbones import describe
 from img2vid.errors import Img2VidError
 from img2vid.evidence import (
     Comparison,
-    Liveness,
     compare,
     compare_text,
-    equal_weights,
     fingerprint,
+    image_weights,
     in_eval_mode,
     kinds_for,
     largest,
-    measure_liveness,
-    three_acts,
 )
 from img2vid.guarantees import Guarantee
+from img2vid.liveness import Liveness, measure_liveness, three_acts
 from img2vid.model import VideoModel, VideoTextModel
+from img2vid.temporal.infront import own_class
+from img2vid.weights import listed
 
 
 @dataclass
@@ -48,17 +50,19 @@ class Certificate:
     image_weights_equal: tuple[int, int]  # tensors equal to the image model's, of how many
     perturbed_difference: float | None  # None where there is no gate to move
     closed_difference: float | None
+    exchange: float  # how far a frame's feature moves when only the other frames of its clip change, gates opened
     liveness: list[Liveness]
     expected_alive: bool
+    weights_now: str  # fingerprint of the weights that come from the image model
+    weights_before: str | None = None  # the same before the conversion, where it was noted
+    weights_at_conversion: str | None = None  # the same when a saved model was made: training may have changed them
     text_difference: float | None = None
-    weights_before: str | None = None  # fingerprints of the image model's weights before the conversion, and now
-    weights_after: str | None = None
 
     @property
     def held(self) -> bool:
         """Whether every claimed guarantee held (with gates closed, for a model whose gates have moved)."""
         equal, total = self.image_weights_equal
-        same_weights = equal == total and self.weights_before in (None, self.weights_after)
+        same_weights = equal == total and self.weights_before in (None, self.weights_now)
         return same_weights and all(c.held is not False for c in self.comparisons) and not self.text_difference
 
     @property
@@ -67,7 +71,9 @@ class Certificate:
 
     @property
     def alive(self) -> bool:
-        return all(layer.alive for layer in self.liveness)
+        """Whether every inserted layer can learn, and frames can know of each other where the design says so."""
+        connected = (self.exchange > 0.0) == (self.attention != "space_only")
+        return connected and all(layer.alive for layer in self.liveness)
 
     @property
     def ok(self) -> bool:
@@ -81,7 +87,7 @@ class Certificate:
         return {**verdicts, **measured}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return json.dumps(without_nan(self.to_dict()), indent=2, allow_nan=False) + "\n"
 
     def __str__(self) -> str:
         from img2vid.reporting import render_certificate
@@ -91,9 +97,10 @@ class Certificate:
 
 def certify(
     model: VideoModel | VideoTextModel,
-    reference: nn.Module,
+    reference: nn.Module | None = None,
     *,
     num_frames: Sequence[int] | None = None,
+    image_size: tuple[int, int] | None = None,
     weights_before: str | None = None,
     seed: int = 0,
 ) -> Certificate:
@@ -102,35 +109,49 @@ def certify(
     Args:
         model: a ``VideoModel`` or ``VideoTextModel``. Where training has moved its gates, the claim is about the model
             with gates closed, and ``perturbed_difference`` says how far it has come.
-        reference: the image model, as its library made it: a timm model, or an open_clip model or image tower.
-        num_frames: numbers of frames T to try; by default 1, 2, 3 and the model's own.
-        weights_before: ``fingerprint`` of the image model before it was converted, where ``reference`` shares weights
-            with the video model and so cannot tell whether they were changed.
+        reference: the image model, as its library made it: a timm model, or an open_clip model or image tower. None
+            has the library build it from its name, around the image weights that ``model`` holds now.
+        num_frames: numbers of frames T to try (of tubelets, where those group frames); by default 1, 2, 3 and the
+            model's own.
+        image_size: pixels (height, width) of the clips, for backbones that take other sizes than their own: a large
+            model is certified faster on small frames.
+        weights_before: fingerprint of the image model before it was converted, where
+            ``reference`` shares weights with the video model and so cannot tell whether they were changed.
         seed: of the random clips and perturbations.
 
     Raises:
         Img2VidError: the reference is not an image model of the same architecture.
     """
+    if not isinstance(model, (VideoModel, VideoTextModel)):
+        raise Img2VidError(f"Only a VideoModel or VideoTextModel can be certified, not a {type(model).__name__}.")
+    if reference is None:
+        from img2vid.checkpoints.native import load_reference
+
+        reference = load_reference(model)
     video = model.visual if isinstance(model, VideoTextModel) else model
     image = getattr(reference, "visual", reference)
+    # the text tower counts as image weights too, where both have one
+    has_text = isinstance(model, VideoTextModel) and image is not reference
+    whole, image_whole = (model, reference) if has_text else (video, image)
+    if num_frames is not None and (not num_frames or min(num_frames) < 1):
+        raise Img2VidError(f"num_frames={list(num_frames)}: expected numbers of frames of at least 1, such as 1 2 8.")
     check_reference(video, image)
     generator = torch.Generator().manual_seed(seed)
     zero_parameters = video.zero_parameters()
-    if num_frames is not None and (not num_frames or min(num_frames) < 1):
-        raise Img2VidError(f"num_frames={list(num_frames)}: expected numbers of frames of at least 1, such as 1 2 8.")
     guarantee = Guarantee.of(video.config, video.tower.num_prefix_tokens)
     frames = sorted(set(num_frames or (1, 2, 3, video.config.num_steps)))
     with in_eval_mode(model, reference):
         with torch.no_grad(), video.gates_closed():
             comparisons = [
-                compare(video, image, kind, t, guarantee.strength.get(kind), generator)
+                compare(video, image, kind, t, guarantee.strength.get(kind), generator, image_size)
                 for t in frames
-                for kind in kinds_for(t, frames)
+                for kind in kinds_for(t, frames, guarantee.strength)
             ]
         gates_moved = max((largest(p.detach()) for p in zero_parameters.values()), default=0.0)
-        perturbed, closed = three_acts(video, generator, perturb=gates_moved == 0.0)
-        liveness = measure_liveness(video, generator)
+        acts = three_acts(video, generator, as_trained=gates_moved > 0.0, size=image_size)
+        liveness = measure_liveness(video, generator, image_size)
         text_difference = compare_text(model, reference, generator)
+    own, theirs = (image_weights(m, image_whole, video.config) for m in (whole, image_whole))
     return Certificate(
         backbone=video.config.backbone,
         attention=video.config.attention,
@@ -139,21 +160,48 @@ def certify(
         num_zero_parameters=sum(p.numel() for p in zero_parameters.values()),
         gates_moved=gates_moved,
         comparisons=comparisons,
-        image_weights_equal=equal_weights(video, image),
-        weights_before=weights_before,
-        weights_after=fingerprint(model, reference) if weights_before else None,
-        perturbed_difference=perturbed,
-        closed_difference=closed,
+        image_weights_equal=(sum(torch.equal(own[key], theirs[key]) for key in theirs), len(theirs)),
+        perturbed_difference=acts.perturbed,
+        closed_difference=acts.closed,
+        exchange=acts.exchange,
         liveness=liveness,
         expected_alive=video.config.temporal_init != "zeros",
+        weights_now=fingerprint(own),
+        weights_before=weights_before,
         text_difference=text_difference,
     )
 
 
 def check_reference(video: VideoModel, image: nn.Module) -> None:
+    """Say how the reference is another model, before a library does in its own terms."""
     if isinstance(image, VideoModel):
         raise Img2VidError("The reference of a certificate is the image model, but a VideoModel was given.")
-    if not isinstance(video.base, type(image)) and not isinstance(image, type(video.base)):
+    if not isinstance(video.base, own_class(image)) and not isinstance(image, own_class(video.base)):
         raise Img2VidError(
-            f"The reference is a {type(image).__name__}, but the model was made from a {type(video.base).__name__}."
+            f"The reference is a {own_class(image).__name__}, but the model was made from a "
+            f"{own_class(video.base).__name__}."
         )
+    own = {key: tuple(t.shape) for key, t in video.state_dict().items() if video.origin(key) == "pretrained"}
+    theirs = {key: tuple(t.shape) for key, t in image.state_dict().items()}
+    differences = [
+        f"{key}: {theirs.get(key, 'nothing')} in the reference, {own.get(key, 'nothing')} in the model"
+        for key in sorted(own.keys() | theirs.keys())
+        if own.get(key) != theirs.get(key)
+    ]
+    tower = describe(image)
+    if tower.image_size != video.tower.image_size and not tower.any_size:
+        differences.append(f"made for images of {tower.image_size} pixels, the model for {video.tower.image_size}")
+    if differences:
+        raise Img2VidError(
+            f"The reference is a {type(image).__name__} of another architecture or size than the one this model was "
+            f"made from. Build it with the same name and arguments:\n{listed(differences)}"
+        )
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no nan and no infinity; as text they survive and are seen."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,39 +9,53 @@ import sys
 from collections.abc import Callable, Sequence
 
 from img2vid._version import __version__
-from img2vid.errors import Img2VidError
+from img2vid.command import run_command
 
 
 def convert_main(argv: Sequence[str]) -> int:
-    from img2vid.convert import main
+    from img2vid.convert import convert_command
 
-    return main(argv)
+    return convert_command(argv)
 
 
 def inspect_main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="img2vid inspect", description=COMMANDS["inspect"][1])
-    parser.add_argument("source", help="backbone name or model folder")
-    parser.add_argument("--num-frames", type=int, default=8, help="frames per clip, for a backbone (default: 8)")
+    from img2vid.options import add_settings, option_groups
+
+    parser = argparse.ArgumentParser(
+        prog="img2vid inspect",
+        usage="%(prog)s SOURCE [options]",
+        description=COMMANDS["inspect"][1],
+        epilog="With a folder, the options show what its model would be with other settings.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="backbone name or model folder")
     parser.add_argument("--json", action="store_true", help="machine-readable")
-    options = parser.parse_args(argv)
+    add_settings(option_groups(parser))
+    settings = vars(parser.parse_args(argv))
+    source, as_json = settings.pop("source"), settings.pop("json")
     from img2vid.inspection import inspect
 
-    facts = inspect(options.source, num_frames=options.num_frames)
-    print(json.dumps(facts.to_dict(), indent=2) if options.json else facts)
+    facts = inspect(source, **settings)
+    print(json.dumps(facts.to_dict(), indent=2) if as_json else facts)
     return 0
 
 
 def certify_main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="img2vid certify", description=COMMANDS["certify"][1])
+    from img2vid.options import add_certificate_options
+
+    parser = argparse.ArgumentParser(prog="img2vid certify", description=COMMANDS["certify"][1], allow_abbrev=False)
     parser.add_argument("folder", help="model folder written by img2vid.convert or save_pretrained")
-    parser.add_argument("--num-frames", type=int, nargs="+", metavar="T", help="numbers of frames to try")
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    add_certificate_options(parser)
     options = parser.parse_args(argv)
     from img2vid.certificate import certify
-    from img2vid.checkpoints.native import load, load_reference
+    from img2vid.checkpoints.native import load, load_reference, recorded_fingerprint
 
     model = load(options.folder)
-    certificate = certify(model, load_reference(model), num_frames=options.num_frames)
+    certificate = certify(
+        model, load_reference(model), num_frames=options.certify_frames, image_size=options.certify_size
+    )
+    certificate.weights_at_conversion = recorded_fingerprint(options.folder)
     print(certificate.to_json() if options.json else certificate)
     return 0 if certificate.ok else 1
 
@@ -95,18 +109,15 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: dispatch(argv))
+
+
+def dispatch(argv: list[str]) -> int:
     description = "Pretrained image transformers become video transformers, provably the same function at step 0."
     parser = command_parser("img2vid", description, {name: what for name, (_, what) in COMMANDS.items()})
     parser.add_argument("--version", action="version", version=f"img2vid {__version__}")
     options = parser.parse_args(argv[:1])
-    try:
-        return COMMANDS[options.command][0](argv[1:])
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        sys.stdout = None
-        return 0
-    except (Img2VidError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return COMMANDS[options.command][0](argv[1:])
 
 
 if __name__ == "__main__":

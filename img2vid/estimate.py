@@ -6,19 +6,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from img2vid.backbones import load_backbone
-from img2vid.config import CHOICES, ConfigError, VideoConfig, one_of
-from img2vid.convert import parse_layers, parse_size
-from img2vid.errors import Img2VidError
+from img2vid.command import run_command
+from img2vid.config import ConfigError, VideoConfig, one_of
 from img2vid.footprint import Footprint, measure_on_nothing
 from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.options import add_settings, option_groups
 from img2vid.tuning import freeze, layer_groups
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
@@ -228,36 +227,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="img2vid estimate",
         description="Parameters, FLOPs, memory and GPU-hours of a training, without weights or a GPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--backbone", required=True, help="alias, timm:NAME, open_clip:ARCH or nano_clip")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="clips for each GPU and step")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all nodes together")
-    parser.add_argument("--clips", type=int, default=1_000_000, help="clips seen in the whole training")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed", help="as Lightning calls it")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="B", help="clips for each GPU and step (default: 8)"
+    )
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all nodes together (default: 1)")
+    parser.add_argument(
+        "--clips", type=int, default=1_000_000, help="clips seen in the whole training (default: 1,000,000)"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="bf16-mixed", help="as Lightning calls it (default: bf16-mixed)"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="run blocks again in backward")
-    parser.add_argument("--freeze-policy", nargs="+", default="none", help="none, temporal_only, image, text, first:N")
-    parser.add_argument("--optimizer", choices=list(STATES), default="adamw", help="what keeps states")
+    parser.add_argument(
+        "--freeze-policy", nargs="+", default="none", help="none, temporal_only, image, text, first:N (default: none)"
+    )
+    parser.add_argument("--optimizer", choices=list(STATES), default="adamw", help="what keeps states (default: adamw)")
     parser.add_argument("--device-tflops", type=float, metavar="TFLOPS", help="the GPU's peak; an A100's if not given")
-    parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak that is reached; measure yours")
-    quiet: dict[str, Any] = {"default": argparse.SUPPRESS}
-    parser.add_argument("--num-frames", type=int, metavar="T", help="frames per clip (8)", **quiet)
-    parser.add_argument("--image-size", type=parse_size, help="pixels: 224 or 224x320 (the backbone's)", **quiet)
-    parser.add_argument("--temporal-layers", type=parse_layers, help="all, every:K, last:N or numbers (all)", **quiet)
-    parser.add_argument("--tubelet-size", type=int, help="frames per tubelet (1)", **quiet)
-    parser.add_argument("--num-classes", type=int, help="a classifier in place of the text tower (none)", **quiet)
-    for name in ("attention", "prefix_mode"):
-        parser.add_argument(
-            "--" + name.replace("_", "-"), choices=get_args(CHOICES[name]), help="as in convert", **quiet
-        )
+    parser.add_argument(
+        "--mfu", type=float, default=0.35, help="share of the peak that is reached; measure yours (default: 0.35)"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    add_settings(option_groups(parser))
     given = vars(parser.parse_args(argv))
+    return run_command(lambda: estimate_command(given))
+
+
+def estimate_command(given: dict[str, Any]) -> int:
     as_json = given.pop("json")
-    try:
-        result = estimate(given.pop("backbone"), **given)
-    except Img2VidError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = estimate(given.pop("backbone"), **given)
     print(json.dumps(result.to_dict(), indent=2) if as_json else result)
     return 0

@@ -1,9 +1,9 @@
-"""What a certificate is made of: clips, comparisons with the image model, the three acts, and gradients."""
+"""The first half of a certificate: clips shown to both models, and what came out compared; weights compared too."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from img2vid.backbones import describe
+from img2vid.config import VideoConfig
 from img2vid.model import VideoModel, first
-from img2vid.temporal.block import SpaceTimeBlock
 
 # What "up to rounding" may be, relative to the largest feature. Measured rounding stays an order of magnitude below,
 # broken rules an order or more above.
@@ -42,29 +42,21 @@ class Comparison:
         return all(difference <= self.tolerance for difference in outputs)  # False for nan
 
 
-@dataclass
-class Liveness:
-    """Gradient norms of one layer's gate and temporal attention at two optimiser steps."""
-
-    layer: str
-    gate: tuple[float, float] | None  # None for an ungated branch
-    attention: tuple[float, float]
-
-    @property
-    def alive(self) -> bool:
-        return (self.gate is None or self.gate[0] > 0.0) and self.attention[1] > 0.0
-
-
-def kinds_for(num_frames: int, frames: Sequence[int]) -> tuple[str, ...]:
-    """All kinds of clip at the smallest T above one, moving clips (the hard case) at the others."""
+def kinds_for(num_frames: int, frames: Sequence[int], strength: Mapping[str, str]) -> tuple[str, ...]:
+    """All kinds of clip at the smallest T above one; at the others the hardest kind that something is claimed for."""
     if num_frames == 1:
         return ("single",)
-    return ("static", "moving", "shuffled") if num_frames == min(t for t in frames if t > 1) else ("static", "moving")
+    if num_frames == min(t for t in frames if t > 1):
+        return ("static", "moving", "shuffled")
+    return ("moving",) if "moving" in strength else ("static",)
 
 
-def make_clips(video: VideoModel, kind: str, num_steps: int, generator: torch.Generator) -> Tensor:
+Size = tuple[int, int] | None  # pixels (height, width) of the clips; None for the backbone's own
+
+
+def make_clips(video: VideoModel, kind: str, num_steps: int, generator: torch.Generator, size: Size = None) -> Tensor:
     """Seeded noise clips (2, T, C, H, W) of one kind; T counts frames, tubelet_size for each step."""
-    size, weight = video.tower.image_size, next(video.parameters())
+    size, weight = size or video.tower.image_size, next(video.parameters())
     num_frames = num_steps * video.config.tubelet_size
     clips = torch.randn(2, num_frames, video.tower.in_channels, *size, generator=generator)
     if kind == "static" or (kind == "single" and video.config.tubelet_init == "average"):
@@ -87,19 +79,20 @@ def compare(
     num_steps: int,
     claimed: str | None,
     generator: torch.Generator,
+    size: Size = None,
 ) -> Comparison:
     """Show one clip to both models, the image model on the same folded batch."""
-    clips = make_clips(video, kind, num_steps, generator)
+    clips = make_clips(video, kind, num_steps, generator, size)
     with recorded([block for _, block in video.tower.blocks]) as layers:
-        frame_features = first(video.frame_features(clips))
+        frame_features = video.frame_features(clips)
     with recorded([block for _, block in describe(image).blocks]) as expected_layers:
         expected = first(image(central_frames(video, clips))).unflatten(0, (len(clips), num_steps))
     return Comparison(
         kind=kind,
         num_frames=clips.shape[1],
         claimed=claimed,
-        feature_difference=largest(first(video.clip_features(clips)) - expected.mean(dim=1)),
-        frame_difference=largest(frame_features - expected),
+        feature_difference=largest(first(video.pool(frame_features)) - expected.mean(dim=1)),
+        frame_difference=largest(first(frame_features) - expected),
         layer_differences=[largest(a - b) for a, b in zip(layers, expected_layers, strict=True)],
         tolerance=CLOSE[clips.dtype] * largest(expected),
     )
@@ -122,15 +115,16 @@ def recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def in_eval_mode(*modules: nn.Module) -> Iterator[None]:
-    were_training = [module.training for module in modules]
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Inside, everything is in eval mode; afterwards each module is in the mode it was in, frozen parts included."""
+    modes = [(module, module.training) for model in models for module in [model, *model.modules()]]
     try:
-        for module in modules:
-            module.eval()
+        for model in models:
+            model.eval()
         yield
     finally:
-        for module, training in zip(modules, were_training, strict=True):
-            module.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()
@@ -141,125 +135,28 @@ def compare_text(model: nn.Module, reference: nn.Module, generator: torch.Genera
     length = model.context_length if isinstance(getattr(model, "context_length", None), int) else 16
     vocabulary = model.vocab_size if isinstance(getattr(model, "vocab_size", None), int) else 100
     tokens = torch.randint(1, vocabulary, (2, length), generator=generator).to(next(model.parameters()).device)
-    return largest(model.encode_text(tokens) - reference.encode_text(tokens, normalize=False))
+    return largest(model.encode_text(tokens, normalize=False) - reference.encode_text(tokens, normalize=False))
 
 
-def fingerprint(model: nn.Module, image_model: nn.Module | None = None) -> str:
-    """SHA-256 of all weights by name; of a video model, of those named like ``image_model``'s."""
-    state, digest = model.state_dict(), hashlib.sha256()
-    for key in sorted(state if image_model is None else image_model.state_dict()):
-        digest.update(key.encode())
-        digest.update(state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def equal_weights(video: VideoModel, image: nn.Module) -> tuple[int, int]:
-    """How many of the image model's tensors the video model holds unchanged, and how many should be."""
-    own, theirs = video.state_dict(), image.state_dict()
-    if video.config.tubelet_size > 1 and video.config.tubelet_init == "average":  # divides the patch projection
-        averaged = next(name for name, p in image.named_parameters() if p is describe(image).patch_conv.weight)
-        theirs.pop(averaged)
-    return sum(key in own and torch.equal(own[key], tensor) for key, tensor in theirs.items()), len(theirs)
-
-
-@torch.no_grad()
-def three_acts(video: VideoModel, generator: torch.Generator, perturb: bool) -> tuple[float | None, float | None]:
-    """Closed = base; open must differ; closed again = base. Returns how far acts two and three are from act one.
+def image_weights(model: nn.Module, reference: nn.Module, config: VideoConfig) -> dict[str, Tensor]:
+    """What ``model`` holds under the keys of ``reference``, bar a patch projection that was divided among frames.
 
     Args:
-        perturb: open the gates by seeded noise, for a model whose gates still are closed.
+        model: the image model itself, or the video model it became.
+        reference: the image model, for its names.
+        config: of the video model, which knows what was changed on purpose.
     """
-    gates = video.zero_parameters()
-    if not gates:
-        return None, None
-    clips = make_clips(video, "moving", 2, generator)
-
-    def output() -> Tensor:
-        return first(video.clip_features(clips)).clone()
-
-    with video.gates_closed():
-        base = output()
-        if perturb:
-            for parameter in gates.values():
-                # large enough not to be rounded away
-                std = 0.02 if parameter.dtype in (torch.float32, torch.float64) else 0.5
-                noise = std * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise.to(parameter.device, parameter.dtype))
-            opened = output()
-    if not perturb:
-        opened = output()
-    with video.gates_closed():
-        return largest(opened - base), largest(output() - base)
+    state, keys = model.state_dict(), reference.state_dict().keys()
+    if config.tubelet_size > 1 and config.tubelet_init == "average":
+        patches = describe(getattr(reference, "visual", reference)).patch_conv.weight
+        keys = keys - {name for name, parameter in reference.named_parameters() if parameter is patches}
+    return {key: state[key] for key in sorted(keys)}
 
 
-def measure_liveness(video: VideoModel, generator: torch.Generator, step_size: float = 0.1) -> list[Liveness]:
-    """Gradient norms at two steps of gradient descent on a random linear objective, from closed gates.
-
-    At the first step gradient can reach the gates alone, so moving them is the whole step; at the second it must reach
-    the attention behind them. Ungated branches are measured as they are. All weights get their values back.
-    """
-    layers = temporal_layers(video)
-    measured = [p for gate, attention in layers.values() for p in [*gate, *attention]]
-    if not measured:
-        return []
-    clips = make_clips(video, "moving", 2, generator)
-    steps: list[dict[nn.Parameter, float]] = []
-    objective = None
-    with only_requiring_grad(video, measured), video.gates_closed():
-        for _ in range(2):
-            features = first(video.clip_features(clips))
-            if objective is None:
-                objective = torch.randn(features.shape, generator=generator).to(features.device, features.dtype)
-            grads = gradients((features * objective).sum(), measured)
-            steps.append({p: float(grad.double().norm()) for p, grad in grads.items()})
-            with torch.no_grad():
-                for parameter in (p for gate, _ in layers.values() for p in gate):
-                    grad = grads[parameter].float()  # norms of half precision gradients overflow
-                    parameter -= (step_size * grad / grad.norm().clamp_min(1e-12)).to(parameter.dtype)
-
-    def both(parameters: list[nn.Parameter]) -> tuple[float, float]:
-        first_step, second_step = (sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps)
-        return first_step, second_step
-
-    return [Liveness(name, both(gate) if gate else None, both(attn)) for name, (gate, attn) in layers.items()]
-
-
-def gradients(objective: Tensor, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """Gradients by parameter, zeros where the objective does not depend on one."""
-    if not objective.requires_grad:
-        return {p: torch.zeros_like(p) for p in parameters}
-    grads = torch.autograd.grad(objective, parameters, allow_unused=True)
-    return {p: torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, grads, strict=True)}
-
-
-@contextmanager
-def only_requiring_grad(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    wanted = {id(p) for p in parameters}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in wanted)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def temporal_layers(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], list[nn.Parameter]]]:
-    """Layer: (parameters of its gates, of its temporal attention), for each layer that attends along time."""
-    layers = {
-        path: (list(block.temporal_fc.parameters()), matrices(block.temporal_attn))
-        for path, block in video.tower.blocks
-        if isinstance(block, SpaceTimeBlock)
-    }
-    if video.config.attention == "factorised_encoder":
-        for i, block in enumerate(video.temporal_encoder.blocks):
-            gates = [*block.attn_fc.parameters(), *block.fc2.parameters()]
-            layers[f"temporal_encoder.blocks.{i}"] = (gates, matrices(block.attn))
-    return layers
-
-
-def matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Its weight matrices: a bias can receive gradient while the attention itself is dead."""
-    return [parameter for parameter in module.parameters() if parameter.ndim > 1]
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bits of all tensors."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(state.items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -61,11 +61,13 @@ def measure_on_nothing(model: VideoModel | VideoTextModel, batch_size: int, auto
             return measure(model, lambda: first(model(clips)).float().sum(), [clips], autocast)
         text = torch.zeros(batch_size, model.context_length, dtype=torch.long)
 
-        def loss() -> Tensor:
-            out = model(clips, text)
-            return sum(x.float().sum() for x in out.values())
+        # whatever a forward of both towers returns, in which form ever its library does
+        return measure(model, lambda: total(model(clips, text)), [clips, text], autocast)
 
-        return measure(model, loss, [clips, text], autocast)
+
+def total(outputs: object) -> Tensor:
+    """A scalar that every tensor in ``outputs`` has a part in."""
+    return sum(x.float().sum() for x in tree_leaves(outputs) if isinstance(x, Tensor))
 
 
 def make_fake(model: nn.Module) -> None:

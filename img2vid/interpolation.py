@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,16 @@ from torch import Tensor, nn
 
 from img2vid.backbones import Backbone, load_backbone, wrap_module
 from img2vid.backbones.tower import on_meta
-from img2vid.checkpoints.native import WEIGHTS, check_replaceable, describe_model, load, read_description, save
+from img2vid.checkpoints.native import (
+    WEIGHTS,
+    check_replaceable,
+    describe_model,
+    load,
+    main_dtype,
+    read_description,
+    save,
+)
+from img2vid.command import run_command
 from img2vid.config import VideoConfig
 from img2vid.errors import Img2VidError, WeightsError
 from img2vid.guarantees import Guarantee
@@ -105,7 +112,7 @@ def state_at_step_zero(image: Backbone, trained: VideoModel | VideoTextModel) ->
     Raises:
         WeightsError: its weights do not fit.
     """
-    image.model.to(next(trained.parameters()).dtype)
+    image.model.to(main_dtype(trained))
     begin, end = build_model(image, trained.config), trained.state_dict()
     video = begin.visual if isinstance(begin, VideoTextModel) else begin
     zero = {id(p) for p in video.zero_parameters().values()}
@@ -164,7 +171,8 @@ def run(models: list[str], out: Path, alpha: float | None, weights: str | None) 
     model = load(folders[-1])
     if models[0] == "image":
         image = original_image_model(model, weights)
-        print(f"Image weights: {image.pretrained}.")
+        noted = (model.visual if isinstance(model, VideoTextModel) else model).image_weights
+        print(f"Image weights: {image.pretrained}; the model's came from {noted}.")
         begin = state_at_step_zero(image, model)
         states = [begin, model.state_dict()]
     else:
@@ -200,6 +208,11 @@ def original_image_model(model: VideoModel | VideoTextModel, weights: str | None
             "This model was made from a module passed in by hand, so its image weights have no name. Give the folder "
             "that was converted, before training, in place of the word image; or use img2vid.interpolation.interpolate."
         )
+    if weights is None and (model.visual if isinstance(model, VideoTextModel) else model).image_weights == "random":
+        raise WeightsError(
+            "This model was converted from random weights, which have no name. Give the folder that was converted, "
+            "before training, in place of the word image."
+        )
     return load_backbone(config.backbone, weights=weights, image_size=config.image_size, arguments=config.backbone_args)
 
 
@@ -221,14 +234,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", metavar="FILE", help="local weights file of the image model, for the word image")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="where to write the model")
     given = parser.parse_args(argv)
-    try:
-        if given.alpha is not None:
-            check_alpha(given.alpha if math.isfinite(given.alpha) else str(given.alpha))
-        check_arguments(given)
-        return run(given.models, Path(given.out), given.alpha, given.weights)
-    except (Img2VidError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: interpolate_command(given))
+
+
+def interpolate_command(given: argparse.Namespace) -> int:
+    if given.alpha is not None:
+        check_alpha(given.alpha)
+    check_arguments(given)
+    return run(given.models, Path(given.out), given.alpha, given.weights)
 
 
 def check_arguments(given: argparse.Namespace) -> None:

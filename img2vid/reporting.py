@@ -28,7 +28,7 @@ def to_text(renderable: RenderableType, width: int = 100) -> str:
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(renderable)
-    return capture.get().rstrip()
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def render_certificate(certificate: Certificate) -> str:
@@ -44,27 +44,28 @@ def verdict(good: bool | None) -> Text:
 def certificate_table(certificate: Certificate) -> Group:
     """The certificate as people read it."""
     title = f"Certificate: {certificate.backbone or 'given module'}, {certificate.attention}, {certificate.prefix_mode}"
-    table = Table(title=title, title_justify="left", title_style="bold", expand=False)
+    table = Table(title=Text(title), title_justify="left", title_style="bold", expand=False)
     for header in ("clip", "T", "claim", "max |difference|\nclip feature", "any frame", "any layer", ""):
         table.add_column(header, justify="right" if header in ("T", "any frame", "any layer") else "left")
     for row in certificate.comparisons:
         table.add_row(*comparison_cells(row))
-    lines = [f"Guarantee   {certificate.guarantee.summary}"]
-    equal, total = certificate.image_weights_equal
-    lines.append(f"Weights     {equal} of {total} image tensors are the image model's own")
+    findings = Table.grid(padding=(0, 2))  # label, text: long texts wrap beside their label
+    findings.add_row("Guarantee", certificate.guarantee.summary)
+    findings.add_row("Weights", weights_text(certificate))
     if certificate.text_difference is not None:
-        lines.append(f"Text tower  max |difference| {certificate.text_difference:.3g}")
+        findings.add_row("Text tower", f"max |difference| {certificate.text_difference:.3g}")
     if certificate.perturbed_difference is not None:
-        moved = certificate.gates_moved > 0.0
-        act_two = "as trained" if moved else "what starts at zero pushed off it"
-        lines.append(
-            f"Three acts  closed = base; {act_two}: output moves by {certificate.perturbed_difference:.3g}; "
-            f"closed again: {certificate.closed_difference:.3g}"
+        act_two = "as trained" if certificate.gates_moved > 0.0 else "what starts at zero pushed off it"
+        findings.add_row(
+            "Three acts",
+            f"closed = base; {act_two}: output moves by {certificate.perturbed_difference:.3g}; "
+            f"closed again: {certificate.closed_difference:.3g}",
         )
+    findings.add_row("Frames", exchange_text(certificate))
     if certificate.liveness:
-        lines.append(liveness_line(certificate))
-    lines.append("Result      " + result(certificate))
-    return Group(table, *lines)
+        findings.add_row("Liveness", liveness_text(certificate))
+    findings.add_row("Result", result(certificate))
+    return Group(table, findings)
 
 
 def result(certificate: Certificate) -> str:
@@ -84,16 +85,35 @@ def comparison_cells(row: Comparison) -> tuple:
     )
 
 
-def liveness_line(certificate: Certificate) -> str:
-    layers = certificate.liveness
-    alive = sum(layer.alive for layer in layers)
-    gates = [layer.gate[0] for layer in layers if layer.gate is not None]
-    attention = [layer.attention[1] for layer in layers]
-    by_gate = f"gates at step 1: |grad| {min(gates):.2g} to {max(gates):.2g}; " if gates else "no gates; "
-    text = (
-        f"Liveness    {alive} of {len(layers)} layers learn: {by_gate}"
-        f"attention at step 2: {min(attention):.2g} to {max(attention):.2g}"
+def weights_text(certificate: Certificate) -> str:
+    equal, total = certificate.image_weights_equal
+    since = {None: "", certificate.weights_now: "; unchanged since the conversion"}
+    return f"{equal} of {total} image tensors are the image model's own" + since.get(
+        certificate.weights_at_conversion, "; changed since the conversion, as by training"
     )
+
+
+def exchange_text(certificate: Certificate) -> str:
+    moved = f"a frame's feature moves by {certificate.exchange:.3g} when only the other frames change"
+    if certificate.attention == "space_only":
+        return f"kept apart: {moved}"
+    coupled = [layer.coupling for layer in certificate.liveness if layer.coupling is not None]
+    return moved + (f"; {sum(c > 0.0 for c in coupled)} of {len(coupled)} layers see them" if coupled else "")
+
+
+def liveness_text(certificate: Certificate) -> str:
+    layers = [layer for layer in certificate.liveness if layer.attention is not None]
+    parts = []
+    if layers:
+        gates = [layer.gate[0] for layer in layers if layer.gate is not None]
+        attention = [layer.attention[1] for layer in layers]
+        by_gate = f"gates at step 1: |grad| {min(gates):.2g} to {max(gates):.2g}; " if gates else "no gates; "
+        parts.append(
+            f"{sum(layer.alive for layer in layers)} of {len(layers)} layers learn: {by_gate}"
+            f"attention at step 2: {min(attention):.2g} to {max(attention):.2g}"
+        )
+    parts += [f"{layer.layer}: {layer.gate[0]:.2g}" for layer in certificate.liveness if layer.attention is None]
+    text = "; ".join(parts)
     return text if certificate.alive or certificate.expected_alive else text + " (expected: temporal_init=zeros)"
 
 
@@ -181,7 +201,7 @@ def render_inspection(facts: Inspection) -> str:
 
 
 def inspection_table(facts: Inspection) -> Group:
-    table = Table(title=facts.name, title_justify="left", title_style="bold", show_header=False)
+    table = Table(title=Text(facts.name), title_justify="left", title_style="bold", show_header=False)
     size = f"{facts.image_size[0]} x {facts.image_size[1]} pixels" + (", any other size too" if facts.any_size else "")
     total = sum(facts.parameters.values())
     rows = {
@@ -201,5 +221,5 @@ def inspection_table(facts: Inspection) -> Group:
         table.add_row(name, value)
     promises = Table(title="Unchanged at step 0", title_justify="left", title_style="bold", show_header=False)
     for mode, promise in facts.guarantees.items():
-        promises.add_row(mode, promise)
+        promises.add_row(mode + (" (this one)" if mode == facts.mode else ""), promise)
     return Group(table, promises)

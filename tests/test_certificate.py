@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from img2vid.certificate import certify
+from img2vid.checkpoints.native import load, save
+from img2vid.cli import main
 from img2vid.config import VideoConfig
 from img2vid.errors import Img2VidError
+from img2vid.evidence import fingerprint, image_weights
 from img2vid.guarantees import KINDS, Guarantee
 from img2vid.model import VideoModel, VideoTextModel
 from tests.conftest import randomize, small_clip, small_vit
@@ -113,7 +116,10 @@ def test_nan_is_not_equal():
     video, image = make()
     with torch.no_grad():
         video.blocks[0].temporal_attn.proj.weight.fill_(float("inf"))  # 0 * inf
-    assert not certify(video, image).held
+    certificate = certify(video, image)
+    assert not certificate.held
+    read = json.loads(certificate.to_json(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert read["comparisons"][0]["feature_difference"] == "nan"
 
 
 def test_a_frozen_function_is_found():
@@ -144,6 +150,57 @@ def test_ungated_zeros_are_dead_too():
     assert "cannot learn" in str(certificate)
 
 
+def test_a_branch_that_ignores_the_other_frames_is_found():
+    """The output moves when its gate opens, and it learns; but it has nothing to do with time."""
+    video, image = make(prefix_mode="shared")
+    attention = video.blocks[1].temporal_attn
+    alone = type(attention).forward
+    attention.forward = lambda x, num_frames: alone(attention, x, 1)  # each frame attends to itself
+    certificate = certify(video, image)
+    assert certificate.held
+    assert certificate.reversible
+    assert [layer.coupling == 0.0 for layer in certificate.liveness[:3]] == [False, True, False]
+    assert not certificate.ok
+
+
+def test_frames_that_never_meet_are_found():
+    """Every attention looks at all frames when asked, but what it found is thrown away."""
+    video, image = make()
+    for block in video.blocks:
+
+        def forgetful(x, residual=block.temporal_residual):
+            with video.clip.of(1):
+                alone = residual(x)
+            residual(x)
+            return alone
+
+        block.temporal_residual = forgetful
+    certificate = certify(video, image)
+    assert certificate.held
+    assert certificate.reversible
+    assert all(layer.coupling > 0.0 for layer in certificate.liveness[:3])
+    assert certificate.exchange == 0.0
+    assert not certificate.ok
+
+
+def test_a_disconnected_time_embedding_is_found():
+    video, image = make()
+    video.blocks[0]._forward_pre_hooks.clear()
+    certificate = certify(video, image)
+    assert certificate.held
+    assert certificate.reversible
+    assert [layer.layer for layer in certificate.liveness if not layer.alive] == ["time_embed"]
+    assert not certificate.ok
+
+
+def test_space_only_keeps_frames_apart():
+    video, image = make(attention="space_only")
+    assert certify(video, image).exchange == 0.0
+    frame_features = video.frame_features
+    video.frame_features = lambda clips: frame_features(clips) + clips.mean()
+    assert not certify(video, image).alive
+
+
 @pytest.mark.parametrize("num_frames", [(), (0,), (-1, 2)])
 def test_numbers_of_frames_that_are_none(num_frames):
     with pytest.raises(Img2VidError, match="at least 1"):
@@ -153,9 +210,13 @@ def test_numbers_of_frames_that_are_none(num_frames):
 @pytest.mark.parametrize("gate", ["temporal_fc", "tanh"])
 def test_liveness_by_layer(gate):
     certificate = certify(*make(gate=gate))
-    assert [layer.layer for layer in certificate.liveness] == ["blocks.0", "blocks.1", "blocks.2"]
-    for layer in certificate.liveness:
+    *layers, time_embed = certificate.liveness
+    assert [layer.layer for layer in layers] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert time_embed.layer == "time_embed"
+    assert time_embed.gate[0] > 0
+    for layer in layers:
         assert layer.gate[0] > 0
+        assert layer.coupling > 1e-3
         assert layer.attention[0] == 0
         assert layer.attention[1] > 0
 
@@ -189,3 +250,64 @@ def test_a_wrong_reference_is_refused():
         certify(video, torch.nn.Linear(3, 3))
     with pytest.raises(Img2VidError, match="VideoModel was given"):
         certify(video, video)
+    with pytest.raises(Img2VidError, match="not a VisionTransformer"):
+        certify(small_vit(), small_vit())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 2}, "blocks.2.attn.proj.bias: nothing in the reference"),
+        ({"embed_dim": 64}, "blocks.0.attn.proj.bias"),
+        ({"img_size": 48}, r"pos_embed: \(1, 37, 48\) in the reference"),
+        ({"num_classes": 7}, "head.bias: .* nothing in the model"),
+    ],
+    ids=str,
+)
+def test_a_reference_of_another_shape_is_refused(change, message):
+    video, _ = make()
+    with pytest.raises(Img2VidError, match=message):
+        certify(video, small_vit(**change))
+
+
+def test_modes_of_all_parts_come_back():
+    video, image = make()
+    video.train()
+    video.blocks[1].eval()  # a frozen block
+    modes = [m.training for m in video.modules()]
+    certify(video, image)
+    assert [m.training for m in video.modules()] == modes
+
+
+def test_clips_of_another_size():
+    image_model = small_vit(dynamic_img_size=True)
+    video, image = make(image_model)
+    seen = []
+    video.base.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
+    assert certify(video, image, num_frames=(1, 2), image_size=(16, 48)).ok
+    assert set(seen) == {(16, 48)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"tubelet_size": 2, "tubelet_init": "average"}, {"num_classes": 3}], ids=str)
+def test_weights_of_before_are_compared(settings):
+    video, image = make(**settings)
+    before = fingerprint(image_weights(image, image, video.config))
+    assert certify(video, image, weights_before=before).ok
+    shift(video, "norm.bias")
+    shift(image, "norm.bias")  # as when both share their parameters
+    certificate = certify(video, image, weights_before=before)
+    assert certificate.image_weights_equal[0] == certificate.image_weights_equal[1]
+    assert not certificate.held
+
+
+def test_a_saved_model_knows_whether_its_image_weights_changed(tmp_path, capsys):
+    assert main(["convert", "--backbone", "nano_clip", "--out", str(tmp_path / "m")]) == 0
+    assert main(["certify", str(tmp_path / "m"), "--num-frames", "1", "2"]) == 0
+    assert "unchanged since the conversion" in capsys.readouterr().out
+    recorded = (tmp_path / "m" / "certificate.json").read_text()
+    model = load(tmp_path / "m")
+    shift(model, "visual.ln_post.bias")
+    save(model, tmp_path / "m")
+    (tmp_path / "m" / "certificate.json").write_text(recorded)
+    assert main(["certify", str(tmp_path / "m"), "--num-frames", "1", "2"]) == 0
+    assert "changed since the conversion, as by training" in " ".join(capsys.readouterr().out.split())

@@ -11,7 +11,7 @@ from img2vid.backbones.tower import on_meta
 from img2vid.cli import main as cli
 from img2vid.errors import Img2VidError
 from img2vid.estimate import estimate
-from img2vid.footprint import make_fake, measure, measure_on_nothing, norms_in_float32
+from img2vid.footprint import make_fake, measure, measure_on_nothing, norms_in_float32, total
 from img2vid.inspection import inspect
 from img2vid.tuning import freeze
 from tests.conftest import small_clip, small_vit
@@ -42,7 +42,7 @@ def real_step(model, batch_size=2):
     if not hasattr(model, "encode_video"):
         return [clips], lambda: model(clips).float().sum()
     text = torch.ones(batch_size, model.context_length, dtype=torch.long)
-    return [clips, text], lambda: sum(x.float().sum() for x in model(clips, text).values())
+    return [clips, text], lambda: total(model(clips, text))
 
 
 def allocated(run):

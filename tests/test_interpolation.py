@@ -214,7 +214,7 @@ def test_the_command_takes_image_weights_from_a_file(folders, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["image", str(folders / "trained1"), "--alpha", "0", "--weights", str(WEIGHTS_PATH), "--out", str(out)]
     assert cli(["interpolate", *arguments]) == 0
-    assert str(WEIGHTS_PATH) in capsys.readouterr().out
+    assert "Image weights: the file nano_clip.safetensors" in capsys.readouterr().out
     assert same_bits(weights_of(out), weights_of(folders / "start"))
 
 
@@ -251,6 +251,13 @@ def test_the_command_explains_what_is_wrong_and_writes_nothing(folders, monkeypa
     assert message in captured.err
     assert captured.err.startswith("error: ")
     assert sorted(p.name for p in folders.iterdir()) == before
+
+
+def test_random_image_weights_cannot_be_had_again(tmp_path, capsys):
+    model = img2vid.convert("vit_tiny", random_weights=True, num_frames=2, image_size=32, temporal_layers="last:1")
+    model.save_pretrained(tmp_path / "random")
+    assert cli(["interpolate", "image", str(tmp_path / "random"), "--alpha", "0.5", "--out", str(tmp_path / "x")]) == 2
+    assert "converted from random weights" in capsys.readouterr().err
 
 
 def test_a_model_without_a_name_says_where_its_image_weights_could_come_from(tmp_path, capsys):

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from img2vid.cli import main as cli
 from img2vid.convert import main as convert
 
@@ -22,6 +24,8 @@ def test_python(tmp_path, monkeypatch):
     for code in snippets("python"):
         exec(compile(code, "README.md", "exec"), names)
     assert names["features"].shape == (1, 192)
+    assert names["accuracy"] == pytest.approx(0.98, abs=0.01)
+    assert sum(len(group) for group in names["groups"].values()) > 200
 
 
 def test_commands(tmp_path, monkeypatch, capsys):

@@ -44,9 +44,11 @@ def clips():
 def train_steps(model, optimizer, scheduler=None, steps=1, before_step=lambda step: None):
     """Train on anything, so that every parameter that can move does."""
     for step in range(steps):
-        out = model(clips(), torch.arange(32).view(2, 16)) if hasattr(model, "encode_video") else model(clips())
-        if isinstance(out, dict):
-            out = out["video_features"] * out["logit_scale"] - 2 * out["text_features"]
+        if hasattr(model, "encode_video"):
+            text = model.encode_text(torch.arange(32).view(2, 16), normalize=True)
+            out = model.logit_scale.exp() * model.encode_video(clips(), normalize=True) - 2 * text
+        else:
+            out = model(clips())
         optimizer.zero_grad()
         (out - 0.3).square().sum().backward()
         before_step(step)

@@ -1,0 +1,190 @@
+"""The second half of a certificate: that what was inserted is connected, reversible, and able to learn time.
+
+A conversion that changes nothing at step 0 is easy to fake by inserting nothing. So the gates are opened and closed
+again, frames are swapped behind a frame's back, and two optimiser steps show where gradient arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from img2vid.evidence import Size, largest, make_clips
+from img2vid.model import VideoModel, first
+from img2vid.temporal.attention import TemporalAttention
+from img2vid.temporal.block import SpaceTimeBlock
+
+
+@dataclass
+class Acts:
+    """Largest differences in frame features over the three acts, closed, open, closed again."""
+
+    perturbed: float | None  # open against closed; None where there is no gate to open
+    closed: float | None  # closed again against closed
+    exchange: float  # gates opened by noise: how far a frame's feature moves when only the other frames change
+
+
+@torch.no_grad()
+def three_acts(video: VideoModel, generator: torch.Generator, as_trained: bool, size: Size = None) -> Acts:
+    """Closed = base; open must differ, and frames must know of each other; closed again = base.
+
+    Args:
+        as_trained: in act two the gates stand where training left them, instead of being opened by seeded noise.
+    """
+    gates = video.zero_parameters()
+    clips = make_clips(video, "moving", 2, generator, size)
+
+    def output(clips: Tensor) -> Tensor:  # (B, T, D)
+        return first(video.frame_features(clips)).clone()
+
+    with video.gates_closed():
+        base = output(clips)
+        for parameter in gates.values():
+            # large enough not to be rounded away
+            std = 0.02 if parameter.dtype in (torch.float32, torch.float64) else 0.5
+            noise = std * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise.to(parameter.device, parameter.dtype))
+        opened = output(clips)
+        exchange = largest(opened[:, 0] - output(swap_others(clips, video.config.tubelet_size))[:, 0])
+    if not gates:
+        return Acts(None, None, exchange)
+    if as_trained:
+        opened = output(clips)
+    with video.gates_closed():
+        return Acts(largest(opened - base), largest(output(clips) - base), exchange)
+
+
+def swap_others(x: Tensor, num_own: int = 1) -> Tensor:
+    """(B, T, ...) in which each clip keeps its first ``num_own`` frames and gets the rest of another clip's."""
+    return torch.cat([x[:, :num_own], x.roll(1, dims=0)[:, num_own:]], dim=1)
+
+
+@dataclass
+class Liveness:
+    """Of an inserted layer, or a lone zero-initialised parameter such as ``time_embed``: can it learn, does it see?"""
+
+    layer: str
+    gate: tuple[float, float] | None  # gradient norms at two optimiser steps; None for an ungated branch
+    attention: tuple[float, float] | None = None  # the same behind the gate; None where nothing is behind it
+    coupling: float | None = None  # how far its attention's output at a frame moves when only the other frames change
+
+    @property
+    def alive(self) -> bool:
+        gate_moves = self.gate is None or self.gate[0] > 0.0
+        return gate_moves and (self.attention is None or self.attention[1] > 0.0) and self.coupling != 0.0
+
+
+def measure_liveness(
+    video: VideoModel, generator: torch.Generator, size: Size = None, step_size: float = 0.1
+) -> list[Liveness]:
+    """Gradient norms at two steps of gradient descent on a random linear objective, from closed gates.
+
+    At the first step gradient can reach the gates alone, so moving them is the whole step; at the second it must reach
+    the attention behind them. Ungated branches are measured as they are. All weights get their values back.
+    """
+    layers = temporal_layers(video)
+    in_layers = {id(p) for gate, _ in layers.values() for p in gate}
+    alone = {name: p for name, p in video.zero_parameters().items() if id(p) not in in_layers}
+    behind = {path: matrices(attention) for path, (_, attention) in layers.items()}
+    gates = [*(p for gate, _ in layers.values() for p in gate), *alone.values()]
+    measured = [*gates, *(p for attention in behind.values() for p in attention)]
+    if not measured:
+        return []
+    clips = make_clips(video, "moving", 2, generator, size)
+    steps: list[dict[nn.Parameter, float]] = []
+    objective = None
+    with only_requiring_grad(video, measured), video.gates_closed():
+        for _ in range(2):
+            features = first(video.clip_features(clips))
+            if objective is None:
+                objective = torch.randn(features.shape, generator=generator).to(features.device, features.dtype)
+            grads = gradients((features * objective).sum(), measured)
+            steps.append({p: float(grad.double().norm()) for p, grad in grads.items()})
+            with torch.no_grad():
+                for parameter in gates:
+                    grad = grads[parameter].float()  # norms of half precision gradients overflow
+                    parameter -= (step_size * grad / grad.norm().clamp_min(1e-12)).to(parameter.dtype)
+
+    def both(parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
+        first_step, second_step = (sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps)
+        return first_step, second_step
+
+    coupling = measure_coupling(video, {path: attention for path, (_, attention) in layers.items()}, clips)
+    return [
+        *(
+            Liveness(path, both(gate) if gate else None, both(behind[path]), coupling[path])
+            for path, (gate, _) in layers.items()
+        ),
+        *(Liveness(name, both([parameter])) for name, parameter in alone.items()),
+    ]
+
+
+@torch.no_grad()
+def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], clips: Tensor) -> dict[str, float]:
+    """Largest change of each temporal attention's output at a clip's first frame when its other frames are swapped.
+
+    Each is given the tokens it sees in the model, so one that ignores the other frames cannot hide behind one that
+    does not.
+    """
+    moved: dict[str, float] = {}
+
+    def look(path: str, attention: TemporalAttention, args: tuple, out: Tensor) -> None:
+        x, num_frames = args  # (B*T, N, D)
+        swapped = swap_others(x.unflatten(0, (-1, num_frames))).flatten(0, 1)
+        moved[path] = largest((attention.forward(swapped, num_frames) - out)[::num_frames])
+
+    hooks = [
+        attention.register_forward_hook(lambda module, args, out, path=path: look(path, module, args, out))
+        for path, attention in layers.items()
+    ]
+    try:
+        video.frame_features(clips)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: moved.get(path, 0.0) for path in layers}  # one that was never called sees nothing
+
+
+def gradients(objective: Tensor, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Gradients by parameter, zeros where the objective does not depend on one."""
+    if not objective.requires_grad:
+        return {p: torch.zeros_like(p) for p in parameters}
+    grads = torch.autograd.grad(objective, parameters, allow_unused=True)
+    return {p: torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, grads, strict=True)}
+
+
+@contextmanager
+def only_requiring_grad(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    wanted = {id(p) for p in parameters}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in wanted)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def temporal_layers(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], TemporalAttention]]:
+    """Layer: (parameters of its gates, its temporal attention), for each layer that attends along time."""
+    layers = {
+        path: (list(block.temporal_fc.parameters()), block.temporal_attn)
+        for path, block in video.tower.blocks
+        if isinstance(block, SpaceTimeBlock)
+    }
+    if video.config.attention == "factorised_encoder":
+        for i, block in enumerate(video.temporal_encoder.blocks):
+            gates = [*block.attn_fc.parameters(), *block.fc2.parameters()]
+            layers[f"temporal_encoder.blocks.{i}"] = (gates, block.attn)
+    return layers
+
+
+def matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Its weight matrices: a bias can receive gradient while the attention itself is dead."""
+    return [parameter for parameter in module.parameters() if parameter.ndim > 1]
