@@ -19,6 +19,7 @@ from img2vid.footprint import Footprint, measure_on_nothing
 from img2vid.model import VideoModel, VideoTextModel, build_model
 from img2vid.options import add_settings, option_groups
 from img2vid.tuning import freeze, layer_groups
+from img2vid.tuning.groups import image_tower_of
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 # peak dense TFLOP/s of one NVIDIA A100 (its data sheet): without tensor cores for 32-true, with them otherwise
@@ -144,7 +145,7 @@ def estimate(
     footprint = measure_on_nothing(model, batch_size, autocast=precision.endswith("mixed"))
     return Estimate(
         backbone=backbone,
-        settings={"image_size": image_size_of(model), "num_frames": config.num_frames, **settings},
+        settings={"image_size": image_tower_of(model).tower.image_size, "num_frames": config.num_frames, **settings},
         **sizes,
         footprint=footprint,
         batch_size=batch_size,
@@ -171,10 +172,6 @@ def sizes_of(model: VideoModel | VideoTextModel) -> dict[str, int]:
         "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
         "largest_layer_bytes": max(layers.values()) * size,
     }
-
-
-def image_size_of(model: VideoModel | VideoTextModel) -> tuple[int, int]:
-    return (model.visual if isinstance(model, VideoTextModel) else model).tower.image_size
 
 
 def lines(e: Estimate) -> list[str]:

@@ -36,6 +36,7 @@ from img2vid.config import VideoConfig
 from img2vid.errors import Img2VidError, WeightsError
 from img2vid.guarantees import Guarantee
 from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.tuning.groups import image_tower_of
 from img2vid.weights import load_weights, read_state_dict
 
 TANH_GATES = r"(.*\.)?temporal_fc\.alpha"
@@ -114,8 +115,7 @@ def state_at_step_zero(image: Backbone, trained: VideoModel | VideoTextModel) ->
     """
     image.model.to(main_dtype(trained))
     begin, end = build_model(image, trained.config), trained.state_dict()
-    video = begin.visual if isinstance(begin, VideoTextModel) else begin
-    zero = {id(p) for p in video.zero_parameters().values()}
+    zero = {id(p) for p in image_tower_of(begin).zero_parameters().values()}
     state = begin.state_dict()
     by_chance = {
         name
@@ -171,7 +171,7 @@ def run(models: list[str], out: Path, alpha: float | None, weights: str | None) 
     model = load(folders[-1])
     if models[0] == "image":
         image = original_image_model(model, weights)
-        noted = (model.visual if isinstance(model, VideoTextModel) else model).image_weights
+        noted = image_tower_of(model).image_weights
         print(f"Image weights: {image.pretrained}; the model's came from {noted}.")
         begin = state_at_step_zero(image, model)
         states = [begin, model.state_dict()]
@@ -184,8 +184,7 @@ def run(models: list[str], out: Path, alpha: float | None, weights: str | None) 
         state = between(*states, alpha)
         print(f"{1 - alpha:g} x {names[0]} + {alpha:g} x {names[1]}.")
     if models[0] == "image":
-        video = model.visual if isinstance(model, VideoTextModel) else model
-        kept = Guarantee.of(model.config, video.tower.num_prefix_tokens).summary
+        kept = Guarantee.of(model.config, image_tower_of(model).tower.num_prefix_tokens).summary
         print(f"Kept of the image model's function at alpha = 0: {kept}.")
     load_weights(model, state, source="the interpolated weights")
     save(model, out)
@@ -208,7 +207,7 @@ def original_image_model(model: VideoModel | VideoTextModel, weights: str | None
             "This model was made from a module passed in by hand, so its image weights have no name. Give the folder "
             "that was converted, before training, in place of the word image; or use img2vid.interpolation.interpolate."
         )
-    if weights is None and (model.visual if isinstance(model, VideoTextModel) else model).image_weights == "random":
+    if weights is None and image_tower_of(model).image_weights == "random":
         raise WeightsError(
             "This model was converted from random weights, which have no name. Give the folder that was converted, "
             "before training, in place of the word image."

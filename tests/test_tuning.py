@@ -1,5 +1,6 @@
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -19,12 +20,15 @@ from img2vid.tuning import (
     build_schedule,
     eval_frozen,
     freeze,
+    freezing,
     frozen_by,
     layer_groups,
     parameter_groups,
     penalty,
+    schedules,
 )
 from img2vid.tuning.groups import decayed_names
+from img2vid.tuning.optimizers import MULTIPLIERS
 from img2vid.tuning.schedules import schedule_factor
 from tests.conftest import small_clip, small_vit
 
@@ -543,3 +547,14 @@ def test_tables_show_what_trains_and_how_fast():
     text = to_text(optimizer_table(parameter_groups(model, 2e-5)), width=140)
     for part in ("pretrained/no_decay", "copied", "0.0002", "0.05", f"{trainable:,}"):
         assert part in text
+
+
+def test_the_documentation_runs_and_names_every_policy_and_schedule():
+    text = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
+    names = {}
+    for code in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        exec(compile(code, "tuning.md", "exec"), names)
+    assert names["schedule"].get_last_lr()[0] == names["groups"][0]["lr"]
+    assert max(group["initial_lr"] for group in names["groups"]) == pytest.approx(1e-4 * 0.75)
+    for name in (*freezing.POLICIES, *schedules.SCHEDULES, *MULTIPLIERS):
+        assert f"| `{name}`" in text, name
