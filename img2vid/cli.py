@@ -60,6 +60,18 @@ def certify_main(argv: Sequence[str]) -> int:
     return 0 if certificate.ok else 1
 
 
+def interpolate_main(argv: Sequence[str]) -> int:
+    from img2vid.interpolation import main
+
+    return main(argv)
+
+
+def estimate_main(argv: Sequence[str]) -> int:
+    from img2vid.estimate import main
+
+    return main(argv)
+
+
 DATA = {
     "check": ("img2vid.data.check", "find what is wrong with a list of videos, and name it"),
     "prepare": ("img2vid.data.prepare", "re-encode a list so that reading it is several times faster"),
@@ -78,7 +90,7 @@ def command_parser(prog: str, description: str, commands: dict[str, str]) -> arg
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        epilog="commands:\n" + "\n".join(f"  {name:<10} {what}" for name, what in commands.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<11} {what}" for name, what in commands.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=commands, metavar="command", help="see below; each has its own --help")
@@ -89,6 +101,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "convert": (convert_main, "turn an image transformer into a video transformer, with proof"),
     "inspect": (inspect_main, "show what is inside a backbone or a saved model, and what is guaranteed"),
     "certify": (certify_main, "compare a saved model with its image model again"),
+    "interpolate": (interpolate_main, "go back towards the image model, or average models, in weight space"),
+    "estimate": (estimate_main, "what training will cost: parameters, FLOPs, memory, GPU-hours"),
     "data": (data_main, "check and prepare lists of videos, write synthetic ones"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from img2vid.evidence import Comparison
     from img2vid.inspection import Inspection
     from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.tuning import LayerGroup
 
 ORIGINS = {
     "pretrained": "under their own names",
@@ -132,6 +133,53 @@ def parameter_table(model: VideoModel | VideoTextModel) -> Table:
             tensors, parameters = counts[origin]
             table.add_row(f"{origin}: {meaning}", str(tensors), f"{parameters:,}", f"{parameters / total:.1%}")
     table.add_row("total", str(sum(tensors for tensors, _ in counts.values())), f"{total:,}", "")
+    return table
+
+
+def layer_table(model: VideoModel | VideoTextModel) -> Table:
+    """Trainable and total parameters, layer by layer, by origin."""
+    from img2vid.tuning import layer_groups
+
+    groups = layer_groups(model)
+    table = Table(title="Layers, from input to output", title_justify="left", title_style="bold")
+    table.add_column("layer")
+    for header in (*ORIGINS, "trainable", "total"):
+        table.add_column(header, justify="right")
+    for name in dict.fromkeys(group.name for group in groups):
+        layer = [group for group in groups if group.name == name]
+        table.add_row(name, *layer_cells(layer))
+    table.add_section()
+    table.add_row("total", *layer_cells(groups))
+    return table
+
+
+def layer_cells(groups: list[LayerGroup]) -> list[str]:
+    """Numbers of parameters of each origin, then the trainable and all of them."""
+    cells = []
+    for origin in ORIGINS:
+        total = sum(group.numel() for group in groups if group.origin == origin)
+        trainable = sum(group.numel(trainable_only=True) for group in groups if group.origin == origin)
+        frozen = f"{total - trainable:,} frozen" if trainable < total else ""
+        cells.append(", ".join(filter(None, [f"{trainable:,}" if trainable else "", frozen])))
+    trainable = sum(group.numel(trainable_only=True) for group in groups)
+    return [*cells, f"{trainable:,}" if trainable else "", f"{sum(group.numel() for group in groups):,}"]
+
+
+def optimizer_table(groups: list[dict[str, Any]]) -> Table:
+    """Parameter groups of an optimiser: at which rate what trains."""
+    table = Table(title="Parameter groups", title_justify="left", title_style="bold")
+    table.add_column("group")
+    for header in ("learning rate", "weight decay", "tensors", "parameters"):
+        table.add_column(header, justify="right")
+    total = 0
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        total += count
+        table.add_row(
+            group["name"], f"{group['lr']:.3g}", f"{group['weight_decay']:g}", str(len(group["params"])), f"{count:,}"
+        )
+    table.add_section()
+    table.add_row("total", "", "", str(sum(len(group["params"]) for group in groups)), f"{total:,}")
     return table
 
 

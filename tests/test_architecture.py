@@ -22,14 +22,15 @@ TIERS = [
     {"reloading"},
     {"checkpoints.saving"},
     {"model"},
-    {"evidence"},
+    {"evidence", "tuning", "footprint"},
     {"liveness"},
     {"certificate", "checkpoints", "grafts"},
-    {"inspection", "convert", "training", "evaluation", "export"},
+    {"inspection", "convert", "interpolation", "training", "evaluation", "export"},
+    {"estimate"},
     {"cli", "__init__"},
     {"__main__"},
 ]
-LEAVES = {"data", "objectives", "tuning", "reporting", "plots", "estimate"}
+LEAVES = {"data", "objectives", "reporting", "plots"}
 
 
 def modules():
