@@ -21,7 +21,7 @@ from img2vid.command import run_command
 from img2vid.config import VideoConfig
 from img2vid.convert import main
 from img2vid.options import GROUPS
-from tests.conftest import randomize, small_clip
+from tests.conftest import hear_interrupts, randomize, small_clip
 
 NANO = ["--backbone", "nano_clip", "--random-weights", "--num-frames", "2"]
 TINY = ["--backbone", "vit_tiny", "--random-weights", "--image-size", "32", "--num-frames", "2"]
@@ -324,7 +324,8 @@ def test_terminals_that_know_ascii_only():
 
 def test_an_interrupted_conversion_leaves_nothing():
     command = [sys.executable, "-m", "img2vid.convert", *NANO, "--num-frames", "32", "--out", "ok"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, env=environment(), preexec_fn=hear_interrupts)
     for line in process.stdout:
         if "Certifying" in line:
             break

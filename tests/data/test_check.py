@@ -15,6 +15,7 @@ import pytest
 from img2vid.data import check, prepare
 from img2vid.data.lists import read_list
 from img2vid.data.manifest import Row
+from tests.conftest import hear_interrupts
 from tests.data import clips
 
 
@@ -127,6 +128,7 @@ def test_ctrl_c_leaves_whole_files_and_exits_with_130(mixed, tmp_path, command):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_interrupts,
     )
     while len(psutil.Process(running.pid).children()) < 2:  # until the pool is there
         assert running.poll() is None
