@@ -22,7 +22,10 @@ TIERS = [
     {"model"},
     {"evidence", "tuning"},
     {"certificate", "checkpoints", "grafts"},
-    {"inspection", "convert", "interpolation", "training", "evaluation", "export"},
+    {"inspection", "convert", "interpolation", "evaluation", "export"},
+    {"callbacks"},
+    {"training"},
+    {"fit"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from img2vid._version import __version__
 from img2vid.backbones import describe, load_backbone, wrap_module
@@ -33,10 +34,18 @@ WEIGHTS, CONFIG, CERTIFICATE, CARD = "model.safetensors", "config.json", "certif
 FORMAT = 1
 
 
-def save(model: VideoModel | VideoTextModel, folder: str | Path, certificate: Certificate | None = None) -> Path:
+def save(
+    model: VideoModel | VideoTextModel,
+    folder: str | Path,
+    certificate: Certificate | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write a model folder: files are written elsewhere and moved into place, so no file is ever half there.
 
     A new folder appears at once, as a whole. In a folder that exists, files are replaced one after the other.
+
+    Args:
+        state: the weights, where the model holds only its share of them (FSDP); None for the model's own.
 
     Raises:
         WeightsError: the folder holds something else.
@@ -52,7 +61,7 @@ def save(model: VideoModel | VideoTextModel, folder: str | Path, certificate: Ce
         raise WeightsError(f"{folder} cannot be written ({error.strerror}). Choose another folder.") from error
     try:
         # safetensors refuses tensors that share memory, and wants contiguous ones
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in (state or model.state_dict()).items()}
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(describe_model(model), indent=2) + "\n")
         (temporary / CARD).write_text(model_card(model, certificate))
