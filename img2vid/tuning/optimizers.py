@@ -11,9 +11,9 @@ from torch import Tensor
 
 from img2vid.errors import nearest
 from img2vid.model import VideoModel, VideoTextModel
-from img2vid.tuning.groups import ORIGINS, TuningError, decayed_names, layer_groups
+from img2vid.tuning.groups import TuningError, decayed_names, layer_groups
 
-MULTIPLIERS = {"pretrained": 1.0, "copied": 5.0, "new": 10.0}
+MULTIPLIERS = {"pretrained": 1.0, "copied": 5.0, "new": 10.0, "text": 1.0}
 OPTIMIZERS = ("adamw", "sgd")
 
 
@@ -31,7 +31,8 @@ def parameter_groups(
 
     Args:
         lr: of pretrained parameters in the last layer.
-        multipliers: by origin, beyond the default of 1 for pretrained, 5 for copied, 10 for new.
+        multipliers: by origin, beyond the default of 1 for pretrained, 5 for copied, 10 for new; and ``text``, by
+            default 1, which the rates of the text tower are multiplied by on top.
         layer_decay: in (0, 1], as in BEiT (arXiv:2106.08254); None for the same rate in all layers.
         weight_decay: of matrices that multiply; norms, biases, gates, embeddings and temperatures have none.
 
@@ -44,8 +45,8 @@ def parameter_groups(
     """
     multipliers = {**MULTIPLIERS, **(multipliers or {})}
     for origin, multiplier in multipliers.items():
-        if origin not in ORIGINS:
-            raise TuningError(f"multipliers: unknown origin {origin!r}.{nearest(str(origin), ORIGINS)}")
+        if origin not in MULTIPLIERS:
+            raise TuningError(f"multipliers: unknown origin {origin!r}.{nearest(str(origin), MULTIPLIERS)}")
         number(f"multipliers[{origin!r}]", multiplier, least=0.0)
     number("lr", lr, least=0.0)
     number("weight_decay", weight_decay, least=0.0)
@@ -53,13 +54,14 @@ def parameter_groups(
         raise TuningError(f"layer_decay={layer_decay!r}: expected a number above 0 and at most 1, or none.")
     decayed, found = decayed_names(model), {}
     for layer in layer_groups(model):
-        rate = lr * multipliers[layer.origin]
+        own_rate = layer.tower == "text" and multipliers["text"] != 1.0
+        rate = lr * multipliers[layer.origin] * (multipliers["text"] if own_rate else 1.0)
         if layer_decay is not None:
             rate *= layer_decay**layer.from_output
         for name, parameter in layer.parameters.items():
             if not parameter.requires_grad:
                 continue
-            label = layer.origin if layer_decay is None else layer.label
+            label = layer.label if layer_decay is not None else "text" if own_rate else layer.origin
             label += "" if name in decayed else "/no_decay"
             decay = weight_decay if name in decayed else 0.0
             group = found.setdefault(label, {"params": [], "lr": rate, "weight_decay": decay, "name": label})
