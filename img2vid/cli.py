@@ -52,6 +52,12 @@ def interpolate_main(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def estimate_main(argv: Sequence[str]) -> int:
+    from img2vid.estimate import main
+
+    return main(argv)
+
+
 DATA = {
     "check": ("img2vid.data.check", "find what is wrong with a list of videos, and name it"),
     "prepare": ("img2vid.data.prepare", "re-encode a list so that reading it is several times faster"),
@@ -94,6 +100,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "certify": (certify_main, "compare a saved model with its image model again"),
     "interpolate": (interpolate_main, "go back towards the image model, or average models, in weight space"),
     "train": (train_main, "continue pretraining on video (fit, validate or test; fit if none is named)"),
+    "estimate": (estimate_main, "what training will cost: parameters, FLOPs, memory, GPU-hours"),
     "data": (data_main, "check and prepare lists of videos, write synthetic ones"),
 }
 

@@ -20,16 +20,16 @@ TIERS = [
     {"surgery"},
     {"checkpoints.saving"},
     {"model"},
-    {"evidence", "tuning"},
+    {"evidence", "tuning", "footprint"},
     {"certificate", "checkpoints", "grafts"},
     {"inspection", "convert", "interpolation", "evaluation", "export"},
-    {"callbacks"},
+    {"callbacks", "estimate"},
     {"training"},
     {"fit"},
     {"cli", "__init__"},
     {"__main__"},
 ]
-LEAVES = {"data", "objectives", "reporting", "plots", "estimate"}
+LEAVES = {"data", "objectives", "reporting", "plots"}
 
 
 def modules():

@@ -26,6 +26,8 @@ class Classification(Objective):
         train_text: whether the text tower learns. If not, its embeddings are computed once.
         spread: weight of ``text_spread_loss``, which drives apart classes whose embeddings the text tower cannot tell
             apart, such as words it never met: while two classes have one embedding, no gradient can part their videos.
+        spread_steps: steps, before training, in which the text tower alone learns these two losses. It is the remedy
+            for words it never met: among the gradients of a video model that knows no motion yet, theirs are too small.
         keep_text: weight of ``text_keep_loss``: one minus the cosine between the embeddings of ``keep_prompts`` and
             what they were before training.
     """
@@ -38,6 +40,7 @@ class Classification(Objective):
         label_smoothing: float = 0.0,
         train_text: bool = False,
         spread: float = 0.0,
+        spread_steps: int = 0,
         keep_text: float = 0.0,
         keep_prompts: Sequence[str] = (),
     ) -> None:
@@ -47,13 +50,16 @@ class Classification(Objective):
         share("label_smoothing", label_smoothing)
         if not prompts or any("{}" not in prompt for prompt in prompts):
             raise ObjectiveError(f"prompts={list(prompts)!r}: expected sentences with {{}} where the class name goes.")
-        if (spread or keep_text) and not (head == "text" and train_text):
+        if (spread or spread_steps or keep_text) and not (head == "text" and train_text):
             raise ObjectiveError("spread and keep_text are about a text tower that learns: head=text, train_text=true.")
+        if spread_steps and not spread:
+            raise ObjectiveError("spread_steps needs the loss that it minimises: give spread a weight.")
         if bool(keep_text) != bool(keep_prompts):
             raise ObjectiveError("keep_text and keep_prompts go together: a weight, and the sentences it is about.")
         self.head, self.classes, self.prompts = head, classes, list(prompts)
         self.label_smoothing, self.train_text = label_smoothing, train_text
-        self.spread, self.keep_text, self.keep_prompts = spread, keep_text, list(keep_prompts)
+        self.spread, self.spread_steps = spread, spread_steps
+        self.keep_text, self.keep_prompts = keep_text, list(keep_prompts)
         self.index: dict[str, int] = {}  # of captions
         self.known: dict[str, Tensor] = {}  # their embeddings, while the text tower stands still
 
@@ -82,6 +88,18 @@ class Classification(Objective):
             self.keep("kept_tokens", tokens([[prompt] for prompt in self.keep_prompts]).squeeze(1))
             with torch.no_grad():
                 self.keep("kept", model.encode_text(self.kept_tokens, normalize=True))
+        if self.spread_steps:
+            self.spread_out(Step(model, {}))
+
+    def spread_out(self, step: Step) -> None:
+        """Train the text tower alone until its classes have embeddings of their own."""
+        weights = [p for name, p in step.model.named_parameters() if p.requires_grad and not name.startswith("visual.")]
+        optimizer = torch.optim.Adam(weights, lr=1e-3)
+        for _ in range(self.spread_steps):
+            optimizer.zero_grad()
+            sum(self.text_losses(step, self.class_embeddings(step, self.classes)).values()).backward()
+            optimizer.step()
+        optimizer.zero_grad()
 
     def keep(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)  # follows the model to its device; in no checkpoint
@@ -108,11 +126,14 @@ class Classification(Objective):
         scale = step.model.logit_scale.exp()
         logits = scale * step.video @ text.T  # (B, classes)
         losses = {"classification_loss": self.cross_entropy(logits, self.targets(step.batch, logits.device))}
+        return losses | self.text_losses(step, text)
+
+    def text_losses(self, step: Step, text: Tensor) -> dict[str, Tensor]:
+        losses = {}
         if self.spread:
-            likeness = scale.detach() * text @ text.T  # (classes, classes)
-            losses["text_spread_loss"] = self.spread * F.cross_entropy(
-                likeness, torch.arange(len(text), device=text.device)
-            )
+            likeness = step.model.logit_scale.exp().detach() * text @ text.T  # (classes, classes)
+            own = torch.arange(len(text), device=text.device)
+            losses["text_spread_loss"] = self.spread * F.cross_entropy(likeness, own)
         if self.keep_text:
             now = step.text(self.kept_tokens)
             losses["text_keep_loss"] = self.keep_text * (1 - (now * self.kept).sum(dim=-1)).mean()
