@@ -23,6 +23,8 @@ class Classification(Objective):
             would hold the same caption several times, each a false negative for the others.
         prompts: templates with ``{}``; a class's embeddings are normalised, averaged, and normalised again.
         label_smoothing: share of the target that is spread over all classes.
+        scale: what cosines are multiplied by for the softmax of ``text``; None for the model's own ``logit_scale``. The
+            larger, the smaller the angles that suffice to tell classes apart.
         train_text: whether the text tower learns. If not, its embeddings are computed once.
         spread: weight of ``text_spread_loss``, which drives apart classes whose embeddings the text tower cannot tell
             apart, such as words it never met: while two classes have one embedding, no gradient can part their videos.
@@ -38,6 +40,7 @@ class Classification(Objective):
         classes: str = "label",
         prompts: Sequence[str] = ("a video of {}.",),
         label_smoothing: float = 0.0,
+        scale: float | None = None,
         train_text: bool = False,
         spread: float = 0.0,
         spread_steps: int = 0,
@@ -57,7 +60,7 @@ class Classification(Objective):
         if bool(keep_text) != bool(keep_prompts):
             raise ObjectiveError("keep_text and keep_prompts go together: a weight, and the sentences it is about.")
         self.head, self.classes, self.prompts = head, classes, list(prompts)
-        self.label_smoothing, self.train_text = label_smoothing, train_text
+        self.label_smoothing, self.scale, self.train_text = label_smoothing, scale, train_text
         self.spread, self.spread_steps = spread, spread_steps
         self.keep_text, self.keep_prompts = keep_text, list(keep_prompts)
         self.index: dict[str, int] = {}  # of captions
@@ -123,8 +126,7 @@ class Classification(Objective):
             logits = step.model.classifier(step.features)
             return {"classification_loss": self.cross_entropy(logits, self.targets(step.batch, logits.device))}
         text = self.class_embeddings(step, self.classes)
-        scale = step.model.logit_scale.exp()
-        logits = scale * step.video @ text.T  # (B, classes)
+        logits = self.factor(step) * step.video @ text.T  # (B, classes)
         losses = {"classification_loss": self.cross_entropy(logits, self.targets(step.batch, logits.device))}
         return losses | self.text_losses(step, text)
 
@@ -158,4 +160,7 @@ class Classification(Objective):
             return step.model.classifier(step.features)
         if not hasattr(self, "label_tokens"):
             return None
-        return step.model.logit_scale.exp() * step.video @ self.class_embeddings(step, "label").T
+        return self.factor(step) * step.video @ self.class_embeddings(step, "label").T
+
+    def factor(self, step: Step) -> Tensor | float:
+        return step.model.logit_scale.exp() if self.scale is None else self.scale
