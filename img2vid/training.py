@@ -110,6 +110,7 @@ class VideoTraining(pl.LightningModule):
         self.accuracy: nn.Module | None = None
         self.unfreezing = tuning.GradualUnfreezing(how.unfreeze) if how.unfreeze else None
         tuning.freeze(self.model, how.freeze)
+        freeze_what_is_not_read(self.model, objective)
         self.model.train()
         tuning.eval_frozen(self.model)
         if grad_checkpointing:
@@ -263,6 +264,15 @@ def start(
         raise ConfigError("No backbone was given: set video.backbone, such as nano_clip, or start_from.")
     settings = {name: value for name, value in asdict(video).items() if name != "backbone"}
     return convert(video.backbone, weights=weights, random_weights=random_weights, **settings)
+
+
+def freeze_what_is_not_read(model: VideoModel | VideoTextModel, objective: Objective) -> None:
+    """Parameters that no gradient will reach: DistributedDataParallel would wait for them."""
+    for name, parameter in model.named_parameters():
+        is_scale = name in ("logit_scale", "logit_bias")
+        of_text = hasattr(model, "encode_text") and not name.startswith("visual.") and not is_scale
+        if (of_text and not objective.trains_text) or (is_scale and not objective.reads_scale):
+            parameter.requires_grad_(False)
 
 
 def captions_of(data: Any) -> list[str]:

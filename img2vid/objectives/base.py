@@ -103,7 +103,14 @@ def encode_clips(model: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Objective(nn.Module):
-    """One way of scoring a model on a batch. It has no parameters of its own."""
+    """One way of scoring a model on a batch. It has no parameters of its own.
+
+    trains_text, reads_scale: whether gradients reach the text tower, and the model's ``logit_scale``. What they do not
+    reach must be frozen, or processes would wait for it.
+    """
+
+    trains_text = False
+    reads_scale = False
 
     def setup(self, around: Surroundings) -> None:
         """Called once before the first step."""
@@ -137,6 +144,8 @@ class WeightedSum(Objective):
                     f"There are: {', '.join(objectives)}."
                 )
         self.objectives = nn.ModuleDict(objectives)
+        self.trains_text = any(objective.trains_text for objective in objectives.values())
+        self.reads_scale = any(objective.reads_scale for objective in objectives.values())
 
     def setup(self, around: Surroundings) -> None:
         for objective in self.objectives.values():

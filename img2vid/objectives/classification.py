@@ -28,8 +28,9 @@ class Classification(Objective):
         train_text: whether the text tower learns. If not, its embeddings are computed once.
         spread: weight of ``text_spread_loss``, which drives apart classes whose embeddings the text tower cannot tell
             apart, such as words it never met: while two classes have one embedding, no gradient can part their videos.
-        spread_steps: steps, before training, in which the text tower alone learns these two losses. It is the remedy
-            for words it never met: among the gradients of a video model that knows no motion yet, theirs are too small.
+        spread_steps: steps, before training, in which the text tower alone learns these two losses, whether or not it
+            learns afterwards. Words it never met need it: with videos that nobody can tell apart yet, learning both
+            at once draws the words together, not apart.
         keep_text: weight of ``text_keep_loss``: one minus the cosine between the embeddings of ``keep_prompts`` and
             what they were before training.
     """
@@ -53,8 +54,10 @@ class Classification(Objective):
         share("label_smoothing", label_smoothing)
         if not prompts or any("{}" not in prompt for prompt in prompts):
             raise ObjectiveError(f"prompts={list(prompts)!r}: expected sentences with {{}} where the class name goes.")
-        if (spread or spread_steps or keep_text) and not (head == "text" and train_text):
-            raise ObjectiveError("spread and keep_text are about a text tower that learns: head=text, train_text=true.")
+        if (spread or keep_text) and not (head == "text" and (train_text or spread_steps)):
+            raise ObjectiveError(
+                "spread and keep_text are about a text tower that learns: head=text, train_text=true or spread_steps."
+            )
         if spread_steps and not spread:
             raise ObjectiveError("spread_steps needs the loss that it minimises: give spread a weight.")
         if bool(keep_text) != bool(keep_prompts):
@@ -63,6 +66,8 @@ class Classification(Objective):
         self.label_smoothing, self.scale, self.train_text = label_smoothing, scale, train_text
         self.spread, self.spread_steps = spread, spread_steps
         self.keep_text, self.keep_prompts = keep_text, list(keep_prompts)
+        self.trains_text = head == "text" and train_text
+        self.reads_scale = head == "text" and scale is None
         self.index: dict[str, int] = {}  # of captions
         self.known: dict[str, Tensor] = {}  # their embeddings, while the text tower stands still
 
@@ -96,13 +101,18 @@ class Classification(Objective):
 
     def spread_out(self, step: Step) -> None:
         """Train the text tower alone until its classes have embeddings of their own."""
-        weights = [p for name, p in step.model.named_parameters() if p.requires_grad and not name.startswith("visual.")]
-        optimizer = torch.optim.Adam(weights, lr=1e-3)
+        tower = [p for name, p in step.model.named_parameters() if not name.startswith("visual.")]
+        frozen = [p for p in tower if not p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.Adam(tower, lr=1e-3)
         for _ in range(self.spread_steps):
             optimizer.zero_grad()
-            sum(self.text_losses(step, self.class_embeddings(step, self.classes)).values()).backward()
+            sum(self.text_losses(step, self.embed_classes(step, self.classes, train=True)).values()).backward()
             optimizer.step()
         optimizer.zero_grad()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
     def keep(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)  # follows the model to its device; in no checkpoint
@@ -114,12 +124,15 @@ class Classification(Objective):
             self.known = {}  # they are about to change
         elif kind in self.known:
             return self.known[kind]
-        tokens = getattr(self, f"{kind}_tokens")  # (classes, prompts, L)
-        text = step.text(tokens.flatten(0, 1), train=self.train_text).unflatten(0, tokens.shape[:2])
-        text = F.normalize(text.mean(dim=1), dim=-1)
+        text = self.embed_classes(step, kind, train=self.train_text)
         if not learning:
-            self.known[kind] = text.detach()
+            self.known[kind] = text
         return text
+
+    def embed_classes(self, step: Step, kind: str, train: bool) -> Tensor:
+        tokens = getattr(self, f"{kind}_tokens")  # (classes, prompts, L)
+        text = step.text(tokens.flatten(0, 1), train=train).unflatten(0, tokens.shape[:2])
+        return F.normalize(text.mean(dim=1), dim=-1)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         if self.head == "linear":
@@ -128,7 +141,7 @@ class Classification(Objective):
         text = self.class_embeddings(step, self.classes)
         logits = self.factor(step) * step.video @ text.T  # (B, classes)
         losses = {"classification_loss": self.cross_entropy(logits, self.targets(step.batch, logits.device))}
-        return losses | self.text_losses(step, text)
+        return losses | self.text_losses(step, text) if self.train_text else losses
 
     def text_losses(self, step: Step, text: Tensor) -> dict[str, Tensor]:
         losses = {}

@@ -38,6 +38,8 @@ class Contrastive(Objective):
             raise ObjectiveError(f"prompt={prompt!r}: expected a sentence with {{}} where the class name goes.")
         self.loss, self.source, self.prompt, self.train_text = loss, text, prompt, train_text
 
+        self.trains_text, self.reads_scale = train_text, True
+
     def setup(self, around: Surroundings) -> None:
         from open_clip.loss import ClipLoss, SigLipLoss
 

@@ -29,6 +29,7 @@ class InterpolatedWeights(Objective):
         if not weight or not most:
             raise ObjectiveError("InterpolatedWeights with weight=0 or most=0 does nothing: give its objective alone.")
         self.objective, self.weight, self.most = objective, weight, most
+        self.trains_text, self.reads_scale = objective.trains_text, objective.reads_scale
         self.start: dict[str, Tensor] = {}
 
     def setup(self, around: Surroundings) -> None:
