@@ -36,8 +36,12 @@ class Throughput(pl.Callback):
 
     def __init__(self, window: int = 20) -> None:
         self.window = window
+        self.begin()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.begin()
+
+    def begin(self) -> None:
         self.clips, self.waited, self.since, self.ended = 0, 0.0, None, None
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -269,7 +269,7 @@ def test_interpolated_weights_score_a_point_on_the_line():
         (lambda: Classification("text", prompts=["a video"]), "where the class name goes"),
         (lambda: Classification("text", spread=1.0), "train_text=true or spread_steps"),
         (lambda: Classification("text", train_text=True, spread_steps=3), "give spread a weight"),
-        (lambda: Classification("text", train_text=True, keep_text=1.0), "go together"),
+        (lambda: Classification("text", train_text=True, keep_prompts=["a dog"]), "give it a weight"),
         (lambda: Classification(label_smoothing=1.0), "from 0 to below 1"),
         (lambda: Contrastive("infonce"), "clip, siglip"),
         (lambda: Distillation(features=0.0), "does nothing"),

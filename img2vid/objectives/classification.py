@@ -31,8 +31,8 @@ class Classification(Objective):
         spread_steps: steps, before training, in which the text tower alone learns these two losses, whether or not it
             learns afterwards. Words it never met need it: with videos that nobody can tell apart yet, learning both
             at once draws the words together, not apart.
-        keep_text: weight of ``text_keep_loss``: one minus the cosine between the embeddings of ``keep_prompts`` and
-            what they were before training.
+        keep_text: weight of ``text_keep_loss``: one minus the cosine between what the embeddings of the classes, and of
+            ``keep_prompts``, are and were before training. Classes then part by no more than they must.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Classification(Objective):
             )
         if spread_steps and not spread:
             raise ObjectiveError("spread_steps needs the loss that it minimises: give spread a weight.")
-        if bool(keep_text) != bool(keep_prompts):
-            raise ObjectiveError("keep_text and keep_prompts go together: a weight, and the sentences it is about.")
+        if keep_prompts and not keep_text:
+            raise ObjectiveError("keep_prompts are what keep_text is about: give it a weight.")
         self.head, self.classes, self.prompts = head, classes, list(prompts)
         self.label_smoothing, self.scale, self.train_text = label_smoothing, scale, train_text
         self.spread, self.spread_steps = spread, spread_steps
@@ -93,7 +93,8 @@ class Classification(Objective):
             self.index = {caption: i for i, caption in enumerate(around.captions)}
             self.keep("caption_tokens", tokens([[caption] for caption in around.captions]))
         if self.keep_text:
-            self.keep("kept_tokens", tokens([[prompt] for prompt in self.keep_prompts]).squeeze(1))
+            own = getattr(self, f"{self.classes}_tokens").flatten(0, 1)
+            self.keep("kept_tokens", torch.cat([own, *(tokens([[prompt]])[0] for prompt in self.keep_prompts)]))
             with torch.no_grad():
                 self.keep("kept", model.encode_text(self.kept_tokens, normalize=True))
         if self.spread_steps:
@@ -146,7 +147,9 @@ class Classification(Objective):
     def text_losses(self, step: Step, text: Tensor) -> dict[str, Tensor]:
         losses = {}
         if self.spread:
-            likeness = step.model.logit_scale.exp().detach() * text @ text.T  # (classes, classes)
+            scale = self.factor(step)
+            scale = scale.detach() if isinstance(scale, Tensor) else scale
+            likeness = scale * text @ text.T  # (classes, classes)
             own = torch.arange(len(text), device=text.device)
             losses["text_spread_loss"] = self.spread * F.cross_entropy(likeness, own)
         if self.keep_text:
