@@ -9,6 +9,7 @@ img2vid.tuning. `python train/fit.py fit --config ...` and `img2vid train` put a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -198,13 +199,31 @@ class VideoTraining(pl.LightningModule):
         schedule = tuning.build_schedule(
             optimizer,
             how.schedule,
-            total_steps=int(self.trainer.estimated_stepping_batches),
+            total_steps=self.total_steps(),
             warmup=how.warmup,
             final=how.final,
             milestones=how.milestones,
             factors=how.factors,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole training.
+
+        Not ``trainer.estimated_stepping_batches``: that sets the loader up before a checkpoint's place in the epoch is
+        known, and the place is never looked at again.
+        """
+        trainer = self.trainer
+        if trainer.max_epochs in (None, -1):
+            if trainer.max_steps == -1:
+                raise TrainingError("How long to train is not known: set trainer.max_epochs or trainer.max_steps.")
+            return trainer.max_steps
+        if trainer.datamodule is None:
+            return int(trainer.estimated_stepping_batches)
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
     # ---- steps
 

@@ -190,9 +190,8 @@ def test_losses_that_are_not_finite_stop_the_run_by_name(motion_set, tmp_path):
 
 
 def test_a_run_resumed_in_an_epoch_has_the_losses_of_an_unbroken_one(motion_set, tmp_path):
-    run(str(motion_set), str(tmp_path / "whole"), epochs=1)
-    run(str(motion_set), str(tmp_path / "first"), epochs=1, stop_before=None, save_every=2, max_steps=4)
-    checkpoint = str(tmp_path / "first" / "saved" / "step=2.ckpt")
+    run(str(motion_set), str(tmp_path / "whole"), epochs=1, save_every=2)
+    checkpoint = str(tmp_path / "whole" / "saved" / "step=2.ckpt")
     run(str(motion_set), str(tmp_path / "rest"), epochs=1, ckpt_path=checkpoint)
     assert losses(tmp_path / "rest") == losses(tmp_path / "whole")[2:]
 

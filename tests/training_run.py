@@ -48,7 +48,6 @@ def run(
     masked=True,
     save_every=3,
     val=False,
-    max_steps=-1,
 ):
     torch.set_num_threads(1)
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -73,7 +72,6 @@ def run(
         devices=devices,
         strategy=strategy,
         max_epochs=epochs,
-        max_steps=max_steps,
         default_root_dir=out,
         logger=False,
         enable_progress_bar=False,
