@@ -97,11 +97,23 @@ def command_parser(prog: str, description: str, commands: dict[str, str]) -> arg
     return parser
 
 
+def train_main(argv: Sequence[str]) -> int:
+    try:
+        from img2vid.fit import main
+    except ModuleNotFoundError as error:
+        if error.name not in ("lightning", "torchmetrics"):
+            raise
+        raise Img2VidError(f"Training needs {error.name}: pip install 'img2vid[train]'.") from error
+    subcommand = [] if argv and not argv[0].startswith("-") else ["fit"]
+    return main([*subcommand, *argv])
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "convert": (convert_main, "turn an image transformer into a video transformer, with proof"),
     "inspect": (inspect_main, "show what is inside a backbone or a saved model, and what is guaranteed"),
     "certify": (certify_main, "compare a saved model with its image model again"),
     "interpolate": (interpolate_main, "go back towards the image model, or average models, in weight space"),
+    "train": (train_main, "continue pretraining on video (fit, validate or test; fit if none is named)"),
     "estimate": (estimate_main, "what training will cost: parameters, FLOPs, memory, GPU-hours"),
     "data": (data_main, "check and prepare lists of videos, write synthetic ones"),
 }

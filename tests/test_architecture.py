@@ -25,8 +25,10 @@ TIERS = [
     {"evidence", "tuning", "footprint"},
     {"liveness"},
     {"certificate", "checkpoints", "grafts"},
-    {"inspection", "convert", "interpolation", "training", "evaluation", "export"},
-    {"estimate"},
+    {"inspection", "convert", "interpolation", "evaluation", "export"},
+    {"callbacks", "estimate"},
+    {"training"},
+    {"fit"},
     {"cli", "__init__"},
     {"__main__"},
 ]

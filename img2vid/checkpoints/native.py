@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,18 @@ FORMAT = 1
 UNKNOWN = "a source that was not noted"
 
 
-def save(model: VideoModel | VideoTextModel, folder: str | Path, certificate: Certificate | None = None) -> Path:
+def save(
+    model: VideoModel | VideoTextModel,
+    folder: str | Path,
+    certificate: Certificate | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write a model folder. Killed at any moment, it leaves the model that was there or the new one, whole.
 
     Other files in the folder stay. Of several writers at once, the last one wins.
+
+    Args:
+        state: the weights, where the model holds only its share of them (FSDP); None for the model's own.
 
     Raises:
         WeightsError: the folder holds something else, or cannot be written; the message says why.
@@ -56,7 +65,8 @@ def save(model: VideoModel | VideoTextModel, folder: str | Path, certificate: Ce
     try:
         with replacing(folder, (WEIGHTS, CONFIG, CARD, CERTIFICATE), outdated=[CERTIFICATE]) as temporary:
             # one entry only: safetensors writes several in random order, and equal models should be equal files
-            save_file(separate(model.state_dict()), temporary / WEIGHTS, metadata={HEADER: described})
+            weights = separate(model.state_dict() if state is None else state)
+            save_file(weights, temporary / WEIGHTS, metadata={HEADER: described})
             (temporary / CONFIG).write_text(described + "\n", encoding="utf-8")
             (temporary / CARD).write_text(model_card(model, certificate), encoding="utf-8")
             if certificate is not None:
