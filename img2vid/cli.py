@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from img2vid._version import __version__
 from img2vid.command import run_command
+from img2vid.errors import Img2VidError
 
 
 def convert_main(argv: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from img2vid import tuning
+import img2vid.tuning as tuning
 from img2vid.backbones import wrap_module
 from img2vid.callbacks import CheckpointOnException, ParameterSummary, SaveModel, Throughput, WatchTime
 from img2vid.checkpoints.native import load, load_reference

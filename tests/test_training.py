@@ -162,7 +162,7 @@ def test_each_group_has_its_rate_at_every_step(motion_set, tmp_path):
         assert rates["pretrained"] == pytest.approx(1e-4 * factor)
         assert rates["copied"] == pytest.approx(3e-4 * factor)
         assert rates["new/no_decay"] == pytest.approx(7e-4 * factor)
-        assert rates["text"] == pytest.approx(2e-4 * factor)
+        assert rates["text/pretrained"] == pytest.approx(2e-4 * factor)
 
 
 def test_gradual_unfreezing_holds_layers_back(motion_set, tmp_path):
