@@ -317,12 +317,23 @@ def test_normalize_is_the_backbones():
         ((0, 2, 3, 32, 32), r"no frames"),
         ((1, 3, 8, 32, 32), r"look like \(B, C, T, H, W\)"),
         ((1, 2, 4, 32, 32), r"4 channels"),
+        ((1, 2, 3, 0, 0), r"no pixels"),
     ],
 )
 def test_bad_clips_are_explained(shape, message):
     video, _ = make(small_vit())
     with pytest.raises(ClipError, match=message):
         video(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [(torch.zeros(1, 2, 3, 32, 32), "go to encode_video"), (torch.zeros(3, 32, 32), "was given"), ([], "a list was")],
+    ids=["clips", "one image", "list"],
+)
+def test_what_is_no_image_is_explained(clip_model, images, message):
+    with pytest.raises(ClipError, match=message):
+        make(clip_model)[0].encode_image(images)
 
 
 def test_sizes_that_are_no_multiple_of_the_patch():
