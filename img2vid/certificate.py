@@ -197,6 +197,12 @@ def check_reference(video: VideoModel, image: nn.Module) -> None:
             f"The reference is a {own_class(image).__name__}, but the model was made from a "
             f"{own_class(video.base).__name__}."
         )
+    some, same = next(image.parameters()), next(video.parameters())
+    if (some.dtype, some.device) != (same.dtype, same.device):
+        raise Img2VidError(
+            f"The reference is in {some.dtype} on {some.device}, but the model in {same.dtype} on {same.device}. Bring "
+            f"them together: reference.to({str(same.device)!r}, {same.dtype})."
+        )
     own = {key: tuple(t.shape) for key, t in video.state_dict().items() if video.origin(key) == "pretrained"}
     theirs = {key: tuple(t.shape) for key, t in image.state_dict().items()}
     differences = [

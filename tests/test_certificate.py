@@ -287,6 +287,8 @@ def test_a_wrong_reference_is_refused():
         certify(video, video)
     with pytest.raises(Img2VidError, match="not a VisionTransformer"):
         certify(small_vit(), small_vit())
+    with pytest.raises(Img2VidError, match=r"reference.to\('cpu', torch.float32\)"):
+        certify(video, small_vit().half())
 
 
 @pytest.mark.parametrize(
