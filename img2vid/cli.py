@@ -42,13 +42,14 @@ def inspect_main(argv: Sequence[str]) -> int:
 
 
 def certify_main(argv: Sequence[str]) -> int:
-    from img2vid.options import add_certificate_options
+    from img2vid.options import add_certificate_options, check_options
 
     parser = argparse.ArgumentParser(prog="img2vid certify", description=COMMANDS["certify"][1], allow_abbrev=False)
     parser.add_argument("folder", help="model folder written by img2vid.convert or save_pretrained")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     add_certificate_options(parser)
     options = parser.parse_args(argv)
+    check_options(vars(options))
     from img2vid.certificate import certify
     from img2vid.checkpoints.native import load, load_reference, recorded_fingerprint
 

@@ -38,6 +38,8 @@ def check_clips(clips: Tensor, tower: ImageTower, config: VideoConfig, weight: T
         raise ClipError(f"Frames with {channels} channels were given, expected {expected}: (B, T, {expected}, H, W).")
     if num_clips == 0 or num_frames == 0:
         raise ClipError(f"Clips of shape {tuple(clips.shape)} hold no frames; a clip has at least one (T >= 1).")
+    if 0 in size:
+        raise ClipError(f"Clips of shape {tuple(clips.shape)} hold no pixels; expected (B, T, {expected}, H, W).")
     if num_frames % config.tubelet_size:
         raise ClipError(f"{num_frames} frames cannot be cut into tubelets of {config.tubelet_size}; give a multiple.")
     native, patch = tower.image_size, tower.patch_size
@@ -54,6 +56,17 @@ def check_clips(clips: Tensor, tower: ImageTower, config: VideoConfig, weight: T
         raise ClipError(
             f"Frames of {size[0]} x {size[1]} pixels cannot be cut into patches of {patch[0]} x {patch[1]}; "
             f"use multiples, such as {native[0]} x {native[1]}."
+        )
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse what is no batch of images (B, C, H, W); their sizes are checked as those of clips."""
+    shape = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        is_clips = isinstance(images, Tensor) and images.ndim == 5
+        raise ClipError(
+            f"Images (B, C, H, W) are expected, {shape} was given."
+            + (" Clips (B, T, C, H, W) go to encode_video." if is_clips else "")
         )
 
 

@@ -194,12 +194,12 @@ def layer_rule(layers: object) -> str | tuple[int, ...]:
     )
 
 
-def image_size_pair(size: object) -> tuple[int, int]:
+def image_size_pair(size: object, name: str = "image_size") -> tuple[int, int]:
     """Pixels as (height, width); one number means a square."""
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in pair):
-        raise ConfigError(f"image_size={shown(size)}: expected one whole number of pixels, or (height, width).")
-    height, width = (whole_number("image_size", n, most=MOST["image_size"]) for n in pair)
+        raise ConfigError(f"{name}={shown(size)}: expected one whole number of pixels, or (height, width).")
+    height, width = (whole_number(name, n, most=MOST["image_size"]) for n in pair)
     return height, width
 
 

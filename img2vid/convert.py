@@ -232,7 +232,7 @@ def run(options: dict[str, Any]) -> int:
     progress.say(f"Converted: {config.attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
     progress.console.print(parameter_table(model))
     with progress.stage("Certifying: running both models on single, static, moving and shuffled clips"):
-        certificate = certify(model, reference, weights_before=weights_before, **tried)
+        certificate = certify(model, reference, weights_before=weights_before, at_step_0=True, **tried)
     progress.console.print(certificate_table(certificate))
     with progress.stage(f"Writing {out}"):
         save(model, out, certificate)

@@ -22,7 +22,7 @@ from img2vid.backbones.any_size import take_any_size
 from img2vid.backbones.dropping import drop_once_per_clip
 from img2vid.backbones.tower import Backbone, ImageTower, classes_of, output_dim
 from img2vid.checkpoints.saving import Saving
-from img2vid.clips import check_clips, check_pixels
+from img2vid.clips import check_clips, check_images, check_pixels
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError
 from img2vid.overlay import Overlay
@@ -283,6 +283,7 @@ class VideoTextModel(Overlay, Saving):
 
     def encode_image(self, images: Tensor, normalize: bool | None = None) -> Tensor:
         """Images (B, C, H, W) -> features (B, D); an image is a clip of one frame, or of one tubelet of equal ones."""
+        check_images(images)
         return self.encode_video(images.unsqueeze(1).expand(-1, self.config.tubelet_size, -1, -1, -1), normalize)
 
     def encode_text(self, text: Tensor, normalize: bool | None = None) -> Tensor:

@@ -57,7 +57,6 @@ def add_settings(groups: dict[str, argparse._ArgumentGroup]) -> None:
                 help=f"{described.get(name, '')}{f'; {example}' if example else ''} "
                 f"(default: {'none' if default in (None, dataclasses.MISSING) else default})".replace("%", "%%"),
             )
-    return groups
 
 
 def descriptions() -> dict[str, str]:
@@ -194,4 +193,4 @@ def check_options(options: dict[str, Any]) -> None:
         for number in frames:
             whole_number("certify_frames", number, most=MOST["num_frames"])
     if size is not None:
-        options["certify_size"] = image_size_pair(size)
+        options["certify_size"] = image_size_pair(size, "certify_size")

@@ -55,7 +55,8 @@ def certificate_table(certificate: Certificate) -> Group:
     if certificate.text_difference is not None:
         findings.add_row("Text tower", f"max |difference| {certificate.text_difference:.3g}")
     if certificate.perturbed_difference is not None:
-        act_two = "as trained" if certificate.gates_moved > 0.0 else "what starts at zero pushed off it"
+        has_moved = "not at zero although just converted" if certificate.at_step_0 else "as trained"
+        act_two = "what starts at zero pushed off it" if certificate.gates_moved == 0.0 else has_moved
         findings.add_row(
             "Three acts",
             f"closed = base; {act_two}: output moves by {certificate.perturbed_difference:.3g}; "
@@ -95,6 +96,8 @@ def weights_text(certificate: Certificate) -> str:
 
 def exchange_text(certificate: Certificate) -> str:
     moved = f"a frame's feature moves by {certificate.exchange:.3g} when only the other frames change"
+    if not certificate.separate:
+        return f"{moved}, but by {certificate.leak:.3g} too when only other clips of the batch change"
     if certificate.attention == "space_only":
         return f"kept apart: {moved}"
     coupled = [layer.coupling for layer in certificate.liveness if layer.coupling is not None]

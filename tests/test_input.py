@@ -86,7 +86,7 @@ def test_commands_refuse(arguments, message, capsys, in_a_folder_of_its_own):
         ("&a [*a]", "expected options by name"),
         ("1: 2", "unknown option 1"),
         ("certify_frames: 3", "certify_frames=3"),
-        ("certify_size: x", "image_size='x'"),
+        ("certify_size: x", "certify_size='x'"),
         ('backbone: "nano\\0clip"', "zero byte"),
         ("", "expected options by name"),
     ],
@@ -203,6 +203,20 @@ def test_a_model_folder_is_no_backbone_but_its_settings_can_be_used_again(capsys
     capsys.readouterr()
     assert cli(["certify", "ok", "--certify-frames", "1", "3", "--certify-size", "16", "--json"]) == 0
     assert {row["num_frames"] for row in json.loads(capsys.readouterr().out)["comparisons"]} == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--certify-size", "0"], "certify_size=(0, 0)"),
+        (["--certify-frames", "0"], "certify_frames=0"),
+        (["--certify-frames", "99999"], "at most 65,536"),
+    ],
+    ids=str,
+)
+def test_impossible_clips_are_refused_before_the_folder_is_read(arguments, message, capsys):
+    assert cli(["certify", "nowhere", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_certify_size_is_the_size_of_the_clips(monkeypatch, capsys):

@@ -13,6 +13,7 @@ import img2vid
 from img2vid.backbones.tower import structural_copy
 from img2vid.clips import ClipError
 from img2vid.config import VideoConfig
+from img2vid.errors import BackboneError
 from img2vid.model import VideoModel, VideoTextModel
 from img2vid.temporal.block import SpaceTimeBlock
 from tests.conftest import randomize, small_clip, small_vit
@@ -317,12 +318,29 @@ def test_normalize_is_the_backbones():
         ((0, 2, 3, 32, 32), r"no frames"),
         ((1, 3, 8, 32, 32), r"look like \(B, C, T, H, W\)"),
         ((1, 2, 4, 32, 32), r"4 channels"),
+        ((1, 2, 3, 0, 0), r"no pixels"),
     ],
 )
 def test_bad_clips_are_explained(shape, message):
     video, _ = make(small_vit())
     with pytest.raises(ClipError, match=message):
         video(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [(torch.zeros(1, 2, 3, 32, 32), "go to encode_video"), (torch.zeros(3, 32, 32), "was given"), ([], "a list was")],
+    ids=["clips", "one image", "list"],
+)
+def test_what_is_no_image_is_explained(clip_model, images, message):
+    with pytest.raises(ClipError, match=message):
+        make(clip_model)[0].encode_image(images)
+
+
+@pytest.mark.parametrize("settings", [{"num_classes": 3}, {"attention": "factorised_encoder"}], ids=str)
+def test_a_head_needs_one_vector_per_image(settings):
+    with pytest.raises(BackboneError, match=r"tokens \(17, 48\), not into one vector"):
+        make(small_vit(global_pool=""), **settings)
 
 
 def test_sizes_that_are_no_multiple_of_the_patch():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from img2vid.errors import BackboneError
 from img2vid.weights import LoadReport
 
 
@@ -94,12 +95,22 @@ def on_meta(module: nn.Module) -> nn.Module:
 
 
 def output_dim(tower: ImageTower) -> int:
-    """Length of the tower's feature vector, probed with one image on the meta device."""
+    """Length of the tower's feature vector, probed with one image on the meta device.
+
+    Raises:
+        BackboneError: an image becomes no vector, but a row of tokens.
+    """
     module = on_meta(tower.module).eval()
     with torch.no_grad():
         dtype = next(module.parameters()).dtype
         features = module(torch.zeros(1, tower.in_channels, *tower.image_size, dtype=dtype, device="meta"))
     features = features[0] if isinstance(features, tuple) else features
+    if features.ndim != 2:
+        raise BackboneError(
+            f"This {type(tower.module).__name__} turns an image into tokens {tuple(features.shape[1:])}, not into one "
+            "vector, so neither a classifier (num_classes) nor a factorised_encoder can follow it. Build it with "
+            "pooling, such as backbone_args={'global_pool': 'avg'}."
+        )
     return features.shape[-1]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from img2vid._version import __version__
 from img2vid.config import ConfigError, VideoConfig
@@ -47,6 +48,38 @@ def check_description(described: Any, path: Path, newest: int) -> None:
         ) from error
 
 
+def structure(model: nn.Module) -> dict[str, list]:
+    """What decides a model's function and cannot be seen in the names and shapes of its weights."""
+    modules = list(model.modules())
+    homes = ("torch.nn.modules.activation", "timm.layers.activations")
+    activations = [
+        type(m).__name__
+        for m in modules
+        if (type(m).__module__.startswith(homes) or type(m).__name__ == "QuickGELU") and not [*m.parameters()]
+    ]
+    return {
+        "num_heads": sorted({m.num_heads for m in modules if isinstance(getattr(m, "num_heads", None), int)}),
+        "norm_eps": sorted({m.eps for m in modules if isinstance(getattr(m, "eps", None), float)}),
+        "activations": sorted(set(activations)),
+    }
+
+
+def check_structure(described: dict[str, Any], model: nn.Module, folder: Path) -> None:
+    """Refuse a freshly built model that would take the saved weights and be another function.
+
+    Raises:
+        WeightsError: it has other heads, activations or norms than the saved one.
+    """
+    own, saved = structure(model), described.get("structure") or {}
+    for name, value in own.items():
+        if saved.get(name, value) != value:
+            raise WeightsError(
+                f"{folder} was saved with {name} {saved[name]}, but the image model that was built for it here has "
+                f"{value}: the weights would fit and compute something else. Build it with the arguments it had then, "
+                f"img2vid.load({str(folder)!r}, image_model=module)."
+            )
+
+
 def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -64,6 +97,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "format": (lambda value: is_whole(value) and value >= 1, "a whole number"),
     "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
     "dtype": (is_floating_dtype, "a floating point type of torch, such as float32"),
+    "structure": (lambda value: value is None or isinstance(value, dict), "heads, norms and activations by name"),
     "image_weights": (lambda value: value is None or isinstance(value, str), "a text, or null"),
     "video": (lambda value: isinstance(value, dict), "the settings of a VideoConfig by name"),
     "video.backbone": (lambda value: value is None or isinstance(value, str), "a backbone's name, or null"),

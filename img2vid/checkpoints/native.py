@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from img2vid._version import __version__
 from img2vid.backbones import Backbone, describe, load_backbone, wrap_module
 from img2vid.backbones.tower import Preprocess
-from img2vid.checkpoints.description import check_description
+from img2vid.checkpoints.description import check_description, check_structure, structure
 from img2vid.checkpoints.folders import LEFTOVER, replacing
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError, WeightsError
@@ -123,6 +123,7 @@ def describe_model(model: VideoModel | VideoTextModel) -> dict[str, Any]:
         "dtype": str(main_dtype(model)).removeprefix("torch."),
         "image_weights": video.image_weights,
         "video": model.config.to_dict(),
+        "structure": structure(model),
         "preprocess": {"mean": pixels.mean, "std": pixels.std, "interpolation": pixels.interpolation},
         "versions": {
             "img2vid": __version__,
@@ -179,6 +180,7 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
         )
     if not (folder / WEIGHTS).is_file():
         raise WeightsError(f"{folder} has no weights file {WEIGHTS}; copy or download the folder again.")
+    check_structure(described, model, folder)
     load_weights(model, read_safetensors(folder / WEIGHTS), source=str(folder / WEIGHTS), keep_dtypes=True)
     video = model.visual if isinstance(model, VideoTextModel) else model
     pixels = described["preprocess"]
