@@ -192,6 +192,11 @@ def check_reference(video: VideoModel, image: nn.Module) -> None:
     """Say how the reference is another model, before a library does in its own terms."""
     if isinstance(image, VideoModel):
         raise Img2VidError("The reference of a certificate is the image model, but a VideoModel was given.")
+    if {id(p) for p in image.parameters()} & {id(p) for p in video.parameters()}:
+        raise Img2VidError(
+            "The reference shares its parameters with the video model: converting works in place, so it has time in it "
+            "by now. Build a second image model of the same name and load the original weights into it."
+        )
     if not isinstance(video.base, own_class(image)) and not isinstance(image, own_class(video.base)):
         raise Img2VidError(
             f"The reference is a {own_class(image).__name__}, but the model was made from a "

@@ -95,8 +95,8 @@ def load_weights(
     if not report.ok:
         raise WeightsError(
             f"{source} does not fit this {type(model).__name__}, nothing was loaded: {report}\n"
-            "Check that the file belongs to this architecture and size. In Python, img2vid.weights.load_weights takes "
-            "patterns for differences that are meant (allow_new, allow_dropped)."
+            f"{explanation(report)}Check that the file belongs to this architecture and size. In Python, "
+            "img2vid.weights.load_weights takes patterns for differences that are meant (allow_new, allow_dropped)."
         )
     if keep_dtypes:
         take_dtypes(model, state)
@@ -104,6 +104,25 @@ def load_weights(
     fitting = {key: state[key].to(own[key].dtype) for key in report.loaded}
     model.load_state_dict({**own, **fitting}, assign=assign)
     return report
+
+
+def explanation(report: LoadReport) -> str:
+    """Two frequent reasons for names that do not fit, in a sentence; empty where it is neither."""
+    if report.missing and report.unexpected:
+        first = report.missing[0]
+        for key in report.unexpected:
+            prefix = key.removesuffix(first)
+            if prefix != key and {prefix + name for name in report.missing} <= set(report.unexpected):
+                return (
+                    f"The names in the file start with {prefix!r}; without it they fit: save "
+                    f"{{key.removeprefix({prefix!r}): t for key, t in state.items()}} as a file of its own.\n"
+                )
+    if any("temporal_" in key for key in report.unexpected):
+        return (
+            "The file is a video model's, not an image model's. Convert with the same settings and "
+            "random_weights=True, then model.load_state_dict(...).\n"
+        )
+    return ""
 
 
 def take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from img2vid.certificate import certify
 from img2vid.checkpoints.native import load, save
 from img2vid.cli import main
 from img2vid.config import VideoConfig
+from img2vid.convert import convert
 from img2vid.errors import Img2VidError
 from img2vid.evidence import fingerprint, image_weights
 from img2vid.guarantees import KINDS, Guarantee
@@ -285,6 +286,9 @@ def test_a_wrong_reference_is_refused():
         certify(video, torch.nn.Linear(3, 3))
     with pytest.raises(Img2VidError, match="VideoModel was given"):
         certify(video, video)
+    image = small_vit()
+    with pytest.raises(Img2VidError, match="in place.*Build a second image model"):
+        certify(convert(image, num_frames=2), image)
     with pytest.raises(Img2VidError, match="not a VisionTransformer"):
         certify(small_vit(), small_vit())
     with pytest.raises(Img2VidError, match=r"reference.to\('cpu', torch.float32\)"):

@@ -237,7 +237,11 @@ def read_description(folder: Path) -> dict[str, Any]:
         WeightsError: it is missing, damaged, or of a later version; with the field, its value, and what was expected.
     """
     if not folder.is_dir():
-        raise WeightsError(f"There is no folder {folder}. Give a folder written by save_pretrained or img2vid.convert.")
+        what = f"{folder} is a file, not a folder" if folder.is_file() else f"There is no folder {folder}"
+        raise WeightsError(
+            f"{what}. Give a folder written by save_pretrained or img2vid.convert. Weights of an image model: "
+            "img2vid.convert(NAME, weights=FILE); a video model's own state dict: model.load_state_dict(...)."
+        )
     path = folder / CONFIG
     try:
         described = json.loads(path.read_text(encoding="utf-8"))

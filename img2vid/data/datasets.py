@@ -75,7 +75,8 @@ class ClipSampler:
 class VideoDataset(Dataset):
     """Clips of a list of videos, by row number, or by `Position` as samplers give them (module.py).
 
-    train: random clips and a transform that takes a seed; else fixed views. Choices depend on (seed, epoch, row) alone.
+    train: random clips and a transform that takes a seed; else fixed views. Choices depend on (seed, epoch, row) alone,
+    and plain row numbers are epoch 0: train with a `TrainSampler`, or every epoch cuts the same clips.
     on_bad_video: "raise", or "skip" (training): take the next row in the epoch's order instead, and say so in the log.
     max_bad_videos: with "skip", the share of the list that may be bad before the run is stopped.
     Items: clip, index (the row it really is), label (-1 if there is none), caption ("" if there is none; one of several

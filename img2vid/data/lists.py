@@ -51,6 +51,10 @@ def read_list(path, format: str = "auto", root=None, classes=None, split: int = 
     if not path.exists():
         raise ListError(f"{path}: no such file or folder (looked from {Path.cwd()})")
     if format == "auto":
+        if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+            raise ListError(
+                f"{path}: a video, expected a list of videos. One video: img2vid.read_clip(path, num_frames=8)"
+            )
         format = guess_format(path)
     if format not in READERS:
         raise ListError(f"format {format!r}: expected 'auto', {', '.join(map(repr, READERS))}")
@@ -108,8 +112,14 @@ def _folder(path: Path, root: Path | None):
             is_video = entry.suffix.lower() in VIDEO_SUFFIXES and not entry.is_dir()
             if is_video or (entry.is_dir() and any(file.suffix.lower() in SUFFIXES for file in entry.iterdir())):
                 rows.append(Row(resolve(entry.resolve(), root), folder.name, where=f"{path} row {len(rows) + 1}"))
-    if folders and not rows:
-        raise ListError(f"{path}: none of its {len(folders)} folders holds a video or a folder of frames")
+    if not rows:
+        loose = sum(entry.suffix.lower() in VIDEO_SUFFIXES for entry in path.iterdir() if entry.is_file())
+        held = f"none of its {len(folders)} folders holds a video or a folder of frames"
+        raise ListError(
+            f"{path}: {held if folders else 'no folders in it'}, expected {path}/CLASS/VIDEO."
+            + f" The {loose} videos side by side there have no class: list them in a CSV file, a line 'path' on top"
+            " and one file name a line (a column 'label' is optional)." * (loose > 0)
+        )
     return rows, [folder.name for folder in folders]
 
 

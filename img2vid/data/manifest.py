@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from img2vid.data.errors import ListError
+from img2vid.data.errors import ListError, MissingExtraError
 
 COLUMNS = ("path", "label", "caption", "captions", "start_seconds", "end_seconds", "frames")
 FORMATS = (".csv", ".jsonl", ".parquet")
@@ -270,5 +270,7 @@ def _pyarrow():
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ImportError("Parquet manifests need pyarrow. Run: pip install pyarrow, or use .csv or .jsonl") from None
+        raise MissingExtraError(
+            "Parquet manifests need pyarrow. Run: pip install pyarrow, or use .csv or .jsonl"
+        ) from None
     return pyarrow, parquet

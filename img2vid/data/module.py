@@ -11,7 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import lightning.pytorch as pl
+try:
+    import lightning.pytorch as pl
+except ImportError as error:
+    from img2vid.data.errors import missing_extra
+
+    raise missing_extra("lightning", "train", "img2vid.data.module") from error
 import torch
 from torch.utils.data import DataLoader
 

@@ -246,6 +246,12 @@ def test_more_wrong_lists(tmp_path):
     (tmp_path / "classes" / "a").mkdir(parents=True)
     with pytest.raises(ListError, match="none of its 1 folders holds a video"):
         read_list(tmp_path / "classes")
+    (tmp_path / "loose").mkdir()
+    video = put(tmp_path, "loose/a.mp4", "")
+    with pytest.raises(ListError, match="expected .*CLASS/VIDEO. The 1 videos side by side"):
+        read_list(tmp_path / "loose")
+    with pytest.raises(ListError, match="a video, expected a list"):
+        read_list(video)
     put(tmp_path, "ucf/classInd.txt", "0 Archery\n")
     with pytest.raises(ListError, match=r"classInd\.txt row 1: expected '1 ClassName'"):
         read_list(put(tmp_path, "ucf/trainlist02.txt", "Archery/a.avi 1\n"))
