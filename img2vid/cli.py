@@ -60,6 +60,17 @@ def data_main(argv: Sequence[str]) -> int:
     return importlib.import_module(DATA[options.command][0]).main(list(argv[1:]))
 
 
+EVAL = {
+    "zero-shot": ("img2vid.evaluation.zero_shot", "name what happens in videos by words, and say what time added"),
+}
+
+
+def eval_main(argv: Sequence[str]) -> int:
+    parser = command_parser("img2vid eval", COMMANDS["eval"][1], {name: what for name, (_, what) in EVAL.items()})
+    options = parser.parse_args(argv[:1])
+    return importlib.import_module(EVAL[options.command][0]).main(list(argv[1:]))
+
+
 def command_parser(prog: str, description: str, commands: dict[str, str]) -> argparse.ArgumentParser:
     """A parser of one word, whose help lists what the word can be."""
     parser = argparse.ArgumentParser(
@@ -77,6 +88,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "inspect": (inspect_main, "show what is inside a backbone or a saved model, and what is guaranteed"),
     "certify": (certify_main, "compare a saved model with its image model again"),
     "data": (data_main, "check and prepare lists of videos, write synthetic ones"),
+    "eval": (eval_main, "measure a model on videos, and what time added to it"),
 }
 
 
