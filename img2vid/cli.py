@@ -62,6 +62,7 @@ def data_main(argv: Sequence[str]) -> int:
 
 EVAL = {
     "zero-shot": ("img2vid.evaluation.zero_shot", "name what happens in videos by words, and say what time added"),
+    "honesty": ("img2vid.evaluation.honesty", "find out whether the order of frames matters to a model at all"),
 }
 
 

@@ -80,6 +80,11 @@ def difference(right: Tensor, other: Tensor, labels: Tensor, seed: int = 0) -> d
     return {"value": value, "interval": interval(both[0] - both[1])}
 
 
+def share(right: Tensor, seed: int = 0) -> dict:
+    """How many of the videos, as a share with its interval."""
+    return {"value": float(right.double().mean()), "interval": interval(resampled(right, right.long(), seed=seed))}
+
+
 def resampled(right: Tensor, labels: Tensor, per_class: bool = False, seed: int = 0, resamples: int = RESAMPLES):
     """The metric on videos drawn anew with replacement, (resamples,). Equal seeds draw equal videos."""
     right, labels = right.numpy().astype(np.float64), labels.numpy()

@@ -6,7 +6,14 @@ from rich.console import Console
 from rich.table import Table
 
 METRICS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class", "calibration_error": "calibration"}
-LABELS = {"model": "video model", "frame_mean": "frame mean"}
+LABELS = {
+    "model": "video model",
+    "frame_mean": "frame mean",
+    "shuffled": "frames shuffled",
+    "reversed": "frames reversed",
+    "static": "middle frame alone",
+    "half": "half the frames",
+}
 
 
 def percent(found: dict | None, brief: bool = False) -> str:
@@ -58,6 +65,17 @@ def classification_table(result: dict) -> Table:
         else:
             cells = [percent(found["summary"][metric], brief=metric == "top5") for metric in METRICS]
             table.add_row(LABELS.get(name, name), *cells)
+    return table
+
+
+def honesty_table(result: dict) -> Table:
+    table = Table(title="temporal honesty, %", title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for header in ("top-1", "lost", "answers changed"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, found in result["metrics"].items():
+        rest = [] if name == "model" else [percent(found["lost"]), percent(found["changed"])]
+        table.add_row(LABELS[name], percent(found["top1"]), *rest)
     return table
 
 

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import img2vid.evaluation.options as common
 from img2vid.checkpoints.native import load
+from img2vid.data.manifest import VideoList
 from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features, extract
 from img2vid.evaluation.processes import Processes, processes
-from img2vid.evaluation.prompts import class_embeddings, prompts, read_templates, template_hash
+from img2vid.evaluation.prompts import class_embeddings, embed_texts, read_templates, readable, template_hash
 from img2vid.evaluation.protocols import PROTOCOLS, Lists, Round, gather_lists, rounds, summarise
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import describe_run, names_of, write_result
@@ -56,41 +58,25 @@ def zero_shot(
         The result, in the first process; None in the others.
     """
     compute, shared, videos = compute or Compute(), shared or Processes(), lists.videos
-    own = model.config.num_classes is not None
-    fusion = fusion or ("logit" if own else "feature")
-    names, templates, template_name = check(model, videos, templates, own)
+    question = Question.to(model, videos, templates, fusion)
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
     features = extract(
-        model, videos, views, conditions, cache=cache, level="output" if own else "features", compute=compute,
-        strict=strict, processes=shared, on_progress=on_progress,
+        model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
+        processes=shared, on_progress=on_progress,
     )  # fmt: skip
     if not shared.is_first:
         return None
-    head = OwnHead(len(names)) if own else TextHead.of(model, class_embeddings(model, names, templates))
-    labelled = [row for row in features.rows if videos.rows[row].label is not None]
-    if not labelled:
-        raise EvaluationError(f"None of the readable videos of {videos.source} has a label.")
+    labelled = labelled_rows(features, videos)
     made = rounds(protocol, lists, labelled, seed=seed, **protocol_options)
-    scored = {name: Scored(head, features, name, videos, fusion) for name in conditions}
+    scored = question.scored(model, features)
 
-    result = describe_run(
-        "zero_shot" if not own else "classification", model, source, videos, features, compute, conditions
-    )
-    result["data"]["unlabelled"] = len(features.rows) - len(labelled)
+    task = "classification" if question.own else "zero_shot"
+    result = question.describe(task, model, source, features, compute, conditions)
     result["protocol"] |= {
         "name": protocol,
-        "fusion": fusion,
         "seed": seed,
-        "rounds": [describe_round(r, names) for r in made],
-        "bootstrap": {"resamples": metrics.RESAMPLES, "confidence": metrics.CONFIDENCE},
+        "rounds": [describe_round(r, question.names) for r in made],
     }
-    if not own:
-        result["protocol"]["templates"] = {
-            "name": template_name,
-            "texts": list(templates),
-            "hash": template_hash(templates),
-            "classes": {name: texts[0] for name, texts in zip(names, prompts(names, ["{}"]), strict=True)},
-        }
     if "frame_mean" not in conditions:
         result["protocol"]["frame_mean"] = (
             "left out" if not baseline else "this model has no gates that could be closed"
@@ -111,10 +97,11 @@ def zero_shot(
         result["metrics"]["time_added"] = {"top1": added, "rounds": gaps}
     everything = Round("all", tuple(labelled))
     result["confusion"] = {
-        name: metrics.confusion(s.predicted(everything), s.labels(everything), len(names)) for name, s in scored.items()
+        name: metrics.confusion(s.predicted(everything), s.labels(everything), len(question.names))
+        for name, s in scored.items()
     }
     if keep_predictions:
-        result["predictions"] = list_predictions(scored, everything, videos, names)
+        result["predictions"] = list_predictions(scored, everything, videos, question.names)
     return result
 
 
@@ -124,24 +111,71 @@ def describe_round(r: Round, names: Sequence[str]) -> dict:
     return {"name": r.name, "videos": len(r.rows), "classes": classes}
 
 
-def check(model, videos, templates, own: bool):
-    """What would make the numbers meaningless, said before any video is read."""
-    if own:
-        names = videos.class_names or [str(i) for i in range(model.config.num_classes)]
-        if len(names) != model.config.num_classes:
+def labelled_rows(features: Features, videos: VideoList) -> list[int]:
+    rows = [row for row in features.rows if videos.rows[row].label is not None]
+    if not rows:
+        raise EvaluationError(f"None of the readable videos of {videos.source} has a label.")
+    return rows
+
+
+@dataclass
+class Question:
+    """What a model is asked about videos: which of these names? By its text tower, or its own classifier."""
+
+    names: list[str]
+    templates: tuple[str, ...]
+    template_name: str | None
+    own: bool
+    fusion: str
+    videos: VideoList
+
+    @classmethod
+    def to(cls, model, videos: VideoList, templates, fusion: str | None) -> Question:
+        """Says what would make the numbers meaningless before any video is read."""
+        num_classes = model.config.num_classes
+        if num_classes is not None:
+            names = videos.class_names or [str(i) for i in range(num_classes)]
+            if len(names) != num_classes:
+                raise EvaluationError(
+                    f"The model's classifier has {num_classes} classes, the list has {len(names)}. "
+                    "Give --classes with the training list's, in their order."
+                )
+            return cls(list(names), (), None, True, fusion or "logit", videos)
+        if not hasattr(model, "encode_text"):
+            embed_texts(model, ["a"])  # says what to do
+        if videos.class_names is None:
             raise EvaluationError(
-                f"The model's classifier has {model.config.num_classes} classes, the list has {len(names)}. "
-                "Give --classes with the training list's, in their order."
+                f"{videos.source} numbers its classes; give their names: --classes FILE (or ucf101, ...)."
             )
-        return names, (), None
-    if not hasattr(model, "encode_text"):
-        class_embeddings(model, ["a"], ["{}"])  # says what to do
-    if videos.class_names is None:
-        raise EvaluationError(
-            f"{videos.source} numbers its classes; give their names: --classes FILE (or ucf101, ...)."
-        )
-    texts, name = read_templates(templates)
-    return list(videos.class_names), texts, name
+        texts, name = read_templates(templates)
+        return cls(list(videos.class_names), texts, name, False, fusion or "feature", videos)
+
+    @property
+    def level(self) -> str:
+        return "output" if self.own else "features"
+
+    def scored(self, model, features: Features) -> dict[str, Scored]:
+        """Scores under each condition of the features."""
+        if self.own:
+            head = OwnHead(len(self.names))
+        else:
+            head = TextHead.of(model, class_embeddings(model, self.names, self.templates))
+        return {name: Scored(head, features, name, self.videos, self.fusion) for name in features.of}
+
+    def describe(self, task: str, model, source, features: Features, compute: Compute, conditions) -> dict:
+        result = describe_run(task, model, source, self.videos, features, compute, conditions)
+        labelled = sum(self.videos.rows[row].label is not None for row in features.rows)
+        result["data"]["unlabelled"] = len(features.rows) - labelled
+        result["protocol"]["fusion"] = self.fusion
+        result["protocol"]["bootstrap"] = {"resamples": metrics.RESAMPLES, "confidence": metrics.CONFIDENCE}
+        if not self.own:
+            result["protocol"]["templates"] = {
+                "name": self.template_name,
+                "texts": list(self.templates),
+                "hash": template_hash(self.templates),
+                "classes": {name: readable(name) for name in self.names},
+            }
+        return result
 
 
 class Scored:
