@@ -62,6 +62,8 @@ def data_main(argv: Sequence[str]) -> int:
 
 EVAL = {
     "zero-shot": ("img2vid.evaluation.zero_shot", "name what happens in videos by words, and say what time added"),
+    "retrieval": ("img2vid.evaluation.retrieval", "find videos by captions, and captions by videos"),
+    "probe": ("img2vid.evaluation.probe", "ask frozen features with linear, k-NN and attentive probes"),
     "honesty": ("img2vid.evaluation.honesty", "find out whether the order of frames matters to a model at all"),
 }
 

@@ -104,8 +104,10 @@ def template_hash(templates: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(templates).encode()).hexdigest()
 
 
-def class_list(given: str | Path) -> list[str]:
-    """The classes of a data set by its name, or of a text file with one name per line."""
+def class_list(given: str | Path | Sequence[str]) -> list[str]:
+    """The classes of a data set by its name, of a text file with one name per line, or as given."""
+    if not isinstance(given, (str, Path)):
+        return list(given)
     if str(given) in CLASS_LISTS:
         return read_classes(CLASS_LISTS[str(given)])
     if Path(given).is_file():

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 from img2vid.data.lists import guess_format, read_classes, read_list
-from img2vid.data.manifest import VideoList, number_labels
+from img2vid.data.manifest import Row, VideoList, number_labels
 from img2vid.errors import nearest
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.metrics import harmonic_mean, mean_and_std
@@ -52,7 +52,7 @@ def gather_lists(
     *,
     format: str = "auto",
     root: str | None = None,
-    classes: str | None = None,
+    classes: str | Path | Sequence[str] | None = None,
     split: int = 1,
     subset: str = "test",
 ) -> Lists:
@@ -109,9 +109,7 @@ def merge(lists: list[tuple[str, VideoList]], names: list[str] | None) -> Lists:
     return Lists(VideoList(tuple(rows), None if names is None else tuple(names), source), members)
 
 
-def row_named(row, class_names):
-    from dataclasses import replace
-
+def row_named(row: Row, class_names: Sequence[str] | None) -> Row:
     return row if row.label is None or class_names is None else replace(row, label=class_names[row.label])
 
 

@@ -79,6 +79,33 @@ def honesty_table(result: dict) -> Table:
     return table
 
 
+def retrieval_table(result: dict) -> Table:
+    table = Table(title="retrieval: recall in %, ranks from 1", title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for header in ("R@1", "R@5", "R@10", "median", "mean"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, found in result["metrics"].items():
+        for how, of in (("", found), (" (dual softmax)", found["dual_softmax"])):
+            for direction in ("text_to_video", "video_to_text"):
+                recall = of[direction]
+                cells = [percent(recall[f"r{k}"], brief=True) for k in (1, 5, 10)]
+                ranks = (f"{recall['median_rank']:g}", f"{recall['mean_rank']:.1f}")
+                table.add_row(f"{LABELS[name]}, {direction.replace('_', ' ')}{how}", *cells, *ranks)
+    return table
+
+
+def probe_table(result: dict) -> Table:
+    table = Table(title="probes on frozen features, %", title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for label in METRICS.values():
+        table.add_column(label, justify="right", no_wrap=True)
+    for kind, of in result["metrics"].items():
+        for name, found in of.items():
+            cells = [percent(found[metric], brief=metric == "top5") for metric in METRICS]
+            table.add_row(f"{kind}, {LABELS[name]}", *cells)
+    return table
+
+
 def print_classification(result: dict, path) -> None:
     show(classification_table(result), counted(result["data"]), protocol_line(result["protocol"]), path)
 
