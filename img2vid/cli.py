@@ -74,6 +74,12 @@ def eval_main(argv: Sequence[str]) -> int:
     return importlib.import_module(EVAL[options.command][0]).main(list(argv[1:]))
 
 
+def plot_main(argv: Sequence[str]) -> int:
+    from img2vid.evaluation.report import main
+
+    return main(argv)
+
+
 def command_parser(prog: str, description: str, commands: dict[str, str]) -> argparse.ArgumentParser:
     """A parser of one word, whose help lists what the word can be."""
     parser = argparse.ArgumentParser(
@@ -92,6 +98,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "certify": (certify_main, "compare a saved model with its image model again"),
     "data": (data_main, "check and prepare lists of videos, write synthetic ones"),
     "eval": (eval_main, "measure a model on videos, and what time added to it"),
+    "plot": (plot_main, "draw and compare results, and what a model looks at"),
 }
 
 

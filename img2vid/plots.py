@@ -98,3 +98,126 @@ def honesty_figure(result: dict) -> Figure:
         fontsize=11,
     )
     return figure
+
+
+def figure_of(result: dict) -> Figure | None:
+    """The picture that belongs to a result; None where a table says all."""
+    if result["task"] == "honesty":
+        return honesty_figure(result)
+    if "confusion" in result:
+        return confusion_figure(result["confusion"]["model"], result["data"]["classes"])
+    return None
+
+
+def confusion_figure(counts: Sequence[Sequence[int]], classes: Sequence[str] | None) -> Figure:
+    """Share of each true class (rows) that is given each name (columns)."""
+    import numpy as np
+
+    counts = np.asarray(counts, dtype=float)
+    share = counts / counts.sum(1, keepdims=True).clip(min=1)
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shown, ax=axes, label="share of the true class")
+    axes.set(xlabel="predicted", ylabel="true")
+    if classes is not None and len(classes) <= 60:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(classes)), classes, fontsize=7)
+    return figure
+
+
+def comparison_figure(numbers: dict[str, Sequence[tuple[str, dict | None]]]) -> Figure:
+    """The same numbers of several results side by side, with their intervals."""
+    labels = list(dict.fromkeys(label for of in numbers.values() for label, _ in of))
+    figure = Figure(figsize=(10, 1.2 + 0.32 * sum(len(of) for of in numbers.values())), layout="constrained")
+    axes = figure.subplots()
+    colours = [f"C{i}" for i in range(10)]
+    at, ticks = 0.0, []
+    for label in labels:
+        start = at
+        for number, of in enumerate(numbers.values()):
+            found = dict(of).get(label)
+            if found is None:
+                continue
+            value, spread = 100 * found["value"], found.get("interval")
+            axes.barh(at, value, color=colours[number % 10])
+            if spread:
+                axes.hlines(at, 100 * spread[0], 100 * spread[1], color=LINE)
+            axes.annotate(
+                f"{value:.1f}", (max(value, 100 * spread[1] if spread else 0) + 1, at), va="center", fontsize=8
+            )
+            at += 1
+        ticks.append(((start + at - 1) / 2, label))
+        at += 0.6
+    axes.set_yticks([t for t, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 110)
+    axes.set_xlabel("%")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = {name: axes.barh([], [], color=colours[i % 10]) for i, name in enumerate(numbers)}
+    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
+    return figure
+
+
+def similarity_figure(scores, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> Figure:
+    """A matrix of similarities (texts, videos), with its names where there are few."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(scores, cmap="viridis"), ax=axes, label="cosine")
+    for names, put in ((rows, axes.set_yticks), (columns, axes.set_xticks)):
+        if 0 < len(names) <= 60:
+            put(range(len(names)), names, fontsize=7, **({"rotation": 90} if names is columns else {}))
+    return figure
+
+
+def curves_figure(columns: dict[str, Sequence[tuple[float, float]]], title: str = "", log: bool = False) -> Figure:
+    """Training curves or the growth of gates: each name a line of (step, value)."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in columns.items():
+        axes.plot(*zip(*points, strict=True), label=name)
+    axes.set(xlabel="step", yscale="log" if log else "linear")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def retrieval_figure(queries: Sequence[tuple[str, Sequence, int]]) -> Figure:
+    """A grid: for each query its text, the pictures (H, W, 3) it found best first, and which of them is right."""
+    columns = max(len(pictures) for _, pictures, _ in queries)
+    figure = Figure(figsize=(1.6 * columns + 2, 1.7 * len(queries)), layout="constrained")
+    for line, (axes, (text, pictures, right)) in enumerate(
+        zip(figure.subplots(len(queries), columns, squeeze=False), queries, strict=True)
+    ):
+        for place, axis in enumerate(axes):
+            axis.set(xticks=[], yticks=[])
+            axis.axis("on" if place < len(pictures) else "off")
+            if place < len(pictures):
+                axis.imshow(pictures[place])
+                for spine in axis.spines.values():
+                    spine.set(edgecolor="green" if place == right else LINE, linewidth=3 if place == right else 0.5)
+            if line == 0:
+                axis.set_title(f"{place + 1}", fontsize=8)
+        axes[0].set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center")
+    return figure
+
+
+def attention_figure(frames, rows: dict, title: str = "") -> Figure:
+    """Frames (T, H, W, 3) and below them maps (T, h, w) by name, drawn over the frames, brighter where more is seen."""
+    figure = Figure(figsize=(1.6 * len(frames) + 1, 1.7 * (1 + len(rows))), layout="constrained")
+    axes = figure.subplots(1 + len(rows), len(frames), squeeze=False)
+    height, width = frames[0].shape[:2]
+    for t, frame in enumerate(frames):
+        axes[0, t].imshow(frame)
+        axes[0, t].set_title(f"{t}", fontsize=8)
+        for axis, (_, maps) in zip(axes[1:, t], rows.items(), strict=True):
+            axis.imshow(frame, alpha=0.45)
+            shown = dict(extent=(-0.5, width - 0.5, height - 0.5, -0.5), cmap="inferno", alpha=0.7)
+            axis.imshow(maps[t], vmin=maps.min(), vmax=maps.max(), **shown)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], ["frames", *rows], strict=True):
+        axis.set_ylabel(name, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
