@@ -29,6 +29,7 @@ class PlotError(Img2VidError):
 
 try:
     from matplotlib.figure import Figure  # no pyplot: no windows, no global state
+    from matplotlib.patches import Patch
 except ImportError as error:
     raise PlotError("Pictures need matplotlib. Run: pip install 'img2vid[plot]'") from error
 
@@ -154,8 +155,8 @@ def comparison_figure(numbers: dict[str, Sequence[tuple[str, dict | None]]]) -> 
     axes.set_xlim(0, 110)
     axes.set_xlabel("%")
     axes.spines[["top", "right"]].set_visible(False)
-    handles = {name: axes.barh([], [], color=colours[i % 10]) for i, name in enumerate(numbers)}
-    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
+    handles = [Patch(color=colours[i % 10], label=name) for i, name in enumerate(numbers)]
+    axes.legend(handles=handles, fontsize=8, loc="lower right")
     return figure
 
 

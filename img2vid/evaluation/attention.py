@@ -16,6 +16,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import timm
 import torch
@@ -212,5 +213,5 @@ def main(argv: Sequence[str]) -> int:
     maps = attention_maps(model, model.normalize(pixels[None]).to(next(model.parameters()).dtype))
     size = video_part(model).config.tubelet_size
     frames = pixels[size // 2 :: size].permute(0, 2, 3, 1).numpy()
-    print(f"wrote {save(attention_figure(frames, maps.rows(), options.video), options.out)}")
+    print(f"wrote {save(attention_figure(frames, maps.rows(), Path(options.video).name), options.out)}")
     return 0

@@ -19,7 +19,7 @@ from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.features import Compute, extract
 from img2vid.evaluation.layers import branch_ratios
 from img2vid.evaluation.processes import Processes, processes
-from img2vid.evaluation.protocols import Lists, Round, gather_lists
+from img2vid.evaluation.protocols import Lists, Round
 from img2vid.evaluation.reading import Videos, Views, input_spec
 from img2vid.evaluation.results import write_result
 from img2vid.evaluation.scores import FUSIONS
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     common.add_model(parser, "runs/eval/honesty.json")
     parser.add_argument("--no-picture", action="store_true", help="write no PNG beside the result")
     common.add_data(parser)
-    parser.add_argument("--templates", default="action", help="name of a set, or text file with one template a line")
+    common.add_templates(parser)
     parser.add_argument("--fusion", choices=FUSIONS, help="of views (default: feature)")
     common.add_views(parser)
     common.add_compute(parser)
@@ -96,15 +96,12 @@ def main(argv: Sequence[str]) -> int:
     if not options.no_picture:
         from img2vid.plots import honesty_figure, save  # says now, not after an hour, that matplotlib is not there
     with processes() as shared:
-        lists = gather_lists(
-            options.data, format=options.format, root=options.root, classes=options.classes, split=options.split,
-            subset=options.subset,
-        )  # fmt: skip
+        lists = common.lists_of(options, options.data)
         model = load(options.model)
         with common.progress_bar("videos", -(-len(lists.videos) // shared.world_size), shared.is_first) as advance:
             result = honesty(
-                model, lists, common.views_of(options, model), templates=options.templates, fusion=options.fusion,
-                seed=options.seed, source=options.model, cache=common.cache_of(options),
+                model, lists, common.views_of(options, model), templates=common.templates_of(options),
+                fusion=options.fusion, seed=options.seed, source=options.model, cache=common.cache_of(options),
                 compute=common.compute_of(options, shared), strict=options.strict, shared=shared, on_progress=advance,
             )  # fmt: skip
     if result is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from img2vid.data.lists import READERS
 from img2vid.data.sampling import SHORT_POLICIES
+from img2vid.evaluation import webdataset
 from img2vid.evaluation.features import PRECISIONS, Compute
 from img2vid.evaluation.processes import Processes
+from img2vid.evaluation.protocols import Lists, gather_lists
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import device_of
 
@@ -56,6 +58,24 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-cache", action="store_true", help="keep no features")
     group.add_argument("--strict", action="store_true", help="a video that cannot be read is an error")
     group.add_argument("--seed", type=int, default=0, help="of bootstrap and random classes (default: 0)")
+
+
+def add_templates(parser) -> None:
+    parser.add_argument(
+        "--templates", help="name of a set, or text file with one template a line (default: the data's own, or action)"
+    )
+
+
+def templates_of(options: argparse.Namespace):
+    """What was asked for, else what a webdataset folder brings along, else the set ``action``."""
+    own = webdataset.templates_of(Path(options.data[0])) if len(options.data) == 1 else None
+    return options.templates or own or "action"
+
+
+def lists_of(options: argparse.Namespace, data: Sequence[str], protocol: str = "list", **changes) -> Lists:
+    """The lists the options name, merged."""
+    given = {name: getattr(options, name) for name in ("format", "root", "classes", "split", "subset")}
+    return gather_lists(data, protocol, unpack_to=Path(options.cache) / "unpacked", **{**given, **changes})
 
 
 def views_of(options: argparse.Namespace, model) -> Views:

@@ -26,7 +26,6 @@ from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features, extract
 from img2vid.evaluation.processes import Processes, processes
-from img2vid.evaluation.protocols import gather_lists
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import describe_data, describe_run, write_result
 from img2vid.evaluation.tables import counted, probe_table, protocol_line, show
@@ -204,10 +203,8 @@ def main(argv: Sequence[str]) -> int:
     common.add_compute(parser)
     options = parser.parse_args(argv)
     with processes() as shared:
-        given = {"format": options.format, "root": options.root, "split": options.split}
-        train = gather_lists(options.train, classes=options.classes, subset="train", **given).videos
-        classes = options.classes or train.class_names
-        test = gather_lists(options.data, classes=classes, subset=options.subset, **given).videos
+        train = common.lists_of(options, options.train, subset="train").videos
+        test = common.lists_of(options, options.data, classes=options.classes or train.class_names).videos
         model = load(options.model)
         passes = (len({"attentive"} & set(options.probes)) + len({"linear", "knn"} & set(options.probes))) or 1
         total = min(passes, 2) * -(-(len(train) + len(test)) // shared.world_size)

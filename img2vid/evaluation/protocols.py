@@ -24,6 +24,7 @@ from img2vid.errors import nearest
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.metrics import harmonic_mean, mean_and_std
 from img2vid.evaluation.prompts import class_list
+from img2vid.evaluation.webdataset import is_webdataset, read_webdataset
 
 PROTOCOLS = ("list", "splits", "all", "halves", "class-splits", "base-to-novel")
 MERGED = ("top1", "top5", "mean_class", "calibration_error")
@@ -55,11 +56,19 @@ def gather_lists(
     classes: str | Path | Sequence[str] | None = None,
     split: int = 1,
     subset: str = "test",
+    unpack_to: str | Path = "runs/features/unpacked",
 ) -> Lists:
-    """Read and merge lists. A folder of UCF101's or HMDB51's splits stands for all lists that the protocol needs."""
+    """Read and merge lists. A folder of UCF101's or HMDB51's splits stands for all lists that the protocol needs.
+
+    Args:
+        unpack_to: where the videos of webdataset folders go.
+    """
     names = None if classes is None else class_list(classes)
     lists = []
     for path in map(Path, paths):
+        if is_webdataset(path, subset):
+            lists.append((path.name, read_webdataset(path, subset, Path(unpack_to))))
+            continue
         for name, given in expand(path, protocol, format, split, subset):
             lists.append((name, read_list(given.pop("path"), root=root, classes=names, **given)))
     if len(lists) == 1:

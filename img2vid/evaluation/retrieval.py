@@ -26,7 +26,6 @@ from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, extract
 from img2vid.evaluation.processes import Processes, processes
 from img2vid.evaluation.prompts import embed_texts
-from img2vid.evaluation.protocols import gather_lists
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import describe_run, write_result
 from img2vid.evaluation.tables import counted, protocol_line, retrieval_table, show
@@ -153,9 +152,7 @@ def main(argv: Sequence[str]) -> int:
     common.add_compute(parser)
     options = parser.parse_args(argv)
     with processes() as shared:
-        videos = gather_lists(
-            options.data, format=options.format, root=options.root, split=options.split, subset=options.subset
-        ).videos
+        videos = common.lists_of(options, options.data, classes=None).videos
         model = load(options.model)
         with common.progress_bar("videos", -(-len(videos) // shared.world_size), shared.is_first) as advance:
             result = retrieval(

@@ -21,7 +21,7 @@ from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features, extract
 from img2vid.evaluation.processes import Processes, processes
 from img2vid.evaluation.prompts import class_embeddings, embed_texts, read_templates, readable, template_hash
-from img2vid.evaluation.protocols import PROTOCOLS, Lists, Round, gather_lists, rounds, summarise
+from img2vid.evaluation.protocols import PROTOCOLS, Lists, Round, rounds, summarise
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import describe_run, names_of, write_result
 from img2vid.evaluation.scores import FUSIONS, OwnHead, TextHead, score
@@ -224,7 +224,7 @@ def main(argv: Sequence[str]) -> int:
     common.add_data(parser)
     group = parser.add_argument_group("protocol")
     group.add_argument("--protocol", default="list", choices=PROTOCOLS, help="docs/evaluation.md (default: list)")
-    group.add_argument("--templates", default="action", help="name of a set, or text file with one template a line")
+    common.add_templates(group)
     group.add_argument("--fusion", choices=FUSIONS, help="of views (default: feature)")
     group.add_argument("--num-rounds", type=int, default=10, help="of protocol halves (default: 10)")
     group.add_argument("--class-splits", nargs="+", default=(), metavar="FILE", help="classes of each round")
@@ -235,15 +235,12 @@ def main(argv: Sequence[str]) -> int:
     common.add_compute(parser)
     options = parser.parse_args(argv)
     with processes() as shared:
-        lists = gather_lists(
-            options.data, options.protocol, format=options.format, root=options.root, classes=options.classes,
-            split=options.split, subset=options.subset,
-        )  # fmt: skip
+        lists = common.lists_of(options, options.data, options.protocol)
         model = load(options.model)
         with common.progress_bar("videos", -(-len(lists.videos) // shared.world_size), shared.is_first) as advance:
             result = zero_shot(
-                model, lists, common.views_of(options, model), templates=options.templates, protocol=options.protocol,
-                fusion=options.fusion, baseline=not options.no_baseline, keep_predictions=options.predictions,
+                model, lists, common.views_of(options, model), templates=common.templates_of(options),
+                protocol=options.protocol, fusion=options.fusion, baseline=not options.no_baseline, keep_predictions=options.predictions,
                 seed=options.seed, source=options.model, cache=common.cache_of(options),
                 compute=common.compute_of(options, shared), strict=options.strict, shared=shared, on_progress=advance,
                 num_rounds=options.num_rounds, class_splits=options.class_splits, base_classes=options.base_classes,

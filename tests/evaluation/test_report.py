@@ -94,6 +94,11 @@ def test_other_figures_show_what_they_are_given():
     similar = plots.similarity_figure(np.eye(3), ["a", "b", "c"], ["x", "y", "z"])
     assert [t.get_text() for t in similar.axes[0].get_xticklabels()] == ["x", "y", "z"]
     assert np.array_equal(similar.axes[0].images[0].get_array(), np.eye(3))
+    numbers = {"one": [("x", {"value": 0.2, "interval": [0.1, 0.4]})], "two": [("x", {"value": 0.9}), ("y", None)]}
+    axes = plots.comparison_figure(numbers).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([20.0, 90.0])
+    legend = [patch.get_facecolor() for patch in axes.get_legend().get_patches()]
+    assert legend == [bar.get_facecolor() for bar in axes.patches] and legend[0] != legend[1]
     for figure in (grid, curves, similar):
         assert plots.png(figure).startswith(b"\x89PNG")
 
