@@ -87,6 +87,26 @@ def data_main(argv: Sequence[str]) -> int:
     return importlib.import_module(DATA[options.command][0]).main(list(argv[1:]))
 
 
+EVAL = {
+    "zero-shot": ("img2vid.evaluation.zero_shot", "name what happens in videos by words, and say what time added"),
+    "retrieval": ("img2vid.evaluation.retrieval", "find videos by captions, and captions by videos"),
+    "probe": ("img2vid.evaluation.probe", "ask frozen features with linear, k-NN and attentive probes"),
+    "honesty": ("img2vid.evaluation.honesty", "find out whether the order of frames matters to a model at all"),
+}
+
+
+def eval_main(argv: Sequence[str]) -> int:
+    parser = command_parser("img2vid eval", COMMANDS["eval"][1], {name: what for name, (_, what) in EVAL.items()})
+    options = parser.parse_args(argv[:1])
+    return importlib.import_module(EVAL[options.command][0]).main(list(argv[1:]))
+
+
+def plot_main(argv: Sequence[str]) -> int:
+    from img2vid.evaluation.report import main
+
+    return main(argv)
+
+
 def command_parser(prog: str, description: str, commands: dict[str, str]) -> argparse.ArgumentParser:
     """A parser of one word, whose help lists what the word can be."""
     parser = argparse.ArgumentParser(
@@ -118,6 +138,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_main, "continue pretraining on video (fit, validate or test; fit if none is named)"),
     "estimate": (estimate_main, "what training will cost: parameters, FLOPs, memory, GPU-hours"),
     "data": (data_main, "check and prepare lists of videos, write synthetic ones"),
+    "eval": (eval_main, "measure a model on videos, and what time added to it"),
+    "plot": (plot_main, "draw and compare results, and what a model looks at"),
 }
 
 

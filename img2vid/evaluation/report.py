@@ -1,0 +1,176 @@
+"""`img2vid plot`: results drawn and compared without a model, and attention drawn with one.
+
+img2vid plot runs/eval/*.json --out runs/report.html
+img2vid plot attention --model FOLDER --video video.mp4 --out attention.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from img2vid.evaluation.errors import EvaluationError
+from img2vid.evaluation.features import write_whole
+from img2vid.evaluation.results import read_result
+from img2vid.evaluation.tables import LABELS, METRICS, counted, percent, protocol_line
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: .5rem 0 1rem } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd }
+td:not(:first-child), th:not(:first-child) { text-align: right } img { max-width: 100% }
+.facts { color: #666; font-size: 13px } pre { font-size: 12px; overflow: auto; max-height: 24rem; background: #f6f6f6 }
+"""
+
+
+def name_of(result: dict, path: str | Path) -> str:
+    return f"{result['task'].replace('_', '-')}: {Path(path).stem}"
+
+
+def headline(result: dict) -> list[tuple[str, dict | None]]:
+    """The numbers of a result that stand in a comparison, by name."""
+    metrics, task = result["metrics"], result["task"]
+    if task in ("zero_shot", "classification"):
+        return [(f"top-1, {LABELS[name]}", of["summary"]["top1"]) for name, of in metrics.items() if name in LABELS]
+    if task == "honesty":
+        return [(f"top-1, {LABELS[name]}", of["top1"]) for name, of in metrics.items()]
+    if task == "retrieval":
+        return [
+            (f"R@1 {direction.replace('_', ' ')}, {LABELS[name]}", of[direction]["r1"])
+            for name, of in metrics.items()
+            for direction in ("text_to_video", "video_to_text")
+        ]
+    if task == "probe":
+        return [
+            (f"{kind}, {LABELS[name]}", found["top1"]) for kind, of in metrics.items() for name, found in of.items()
+        ]
+    raise EvaluationError(f"A result of task {task!r} is not known to this version.")
+
+
+def differences(results: dict[str, dict]) -> list[str]:
+    """What the protocols of several results do not share: numbers got differently do not compare."""
+    found, facts = [], {}
+    for name, result in results.items():
+        protocol = result["protocol"]
+        facts[name] = {
+            "data list": result["data"]["hash"],
+            "videos used": result["data"]["used"],
+            "views": json.dumps(protocol["views"], sort_keys=True),
+            "protocol": protocol["name"],
+            "fusion": protocol.get("fusion"),
+            "precision": protocol["precision"],
+            "templates": protocol.get("templates", {}).get("hash"),
+            "seed": protocol.get("seed"),
+        }
+    tasks = {result["task"] for result in results.values()}
+    if len(tasks) > 1:
+        return [f"tasks differ: {', '.join(sorted(tasks))}"]
+    for fact in next(iter(facts.values())):
+        if len({of[fact] for of in facts.values()}) > 1:
+            found.append(f"{fact} differ: " + "; ".join(f"{name}: {of[fact]}" for name, of in facts.items()))
+    return found
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+
+
+def inline(figure, name: str) -> str:
+    from img2vid.plots import png
+
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}">'
+
+
+def section(name: str, result: dict) -> str:
+    """One result: numbers, picture, protocol."""
+    from img2vid import plots
+
+    data = result["data"]
+    parts = [f"<h2>{html.escape(name)}</h2>"]
+    facts = f"{counted(data)} of {data['list']} (hash {data['hash']}). {protocol_line(result['protocol'])}. "
+    facts += f"Model {result['model']['folder']}, {result['model']['hash'][:12]}."
+    parts.append(f'<p class="facts">{html.escape(facts)}</p>')
+    if result["task"] in ("zero_shot", "classification"):
+        rows = [
+            [LABELS[c], *(percent(of["summary"][m]) for m in METRICS)]
+            for c, of in result["metrics"].items()
+            if c in LABELS
+        ]
+        if "time_added" in result["metrics"]:
+            rows.append(["time added", percent(result["metrics"]["time_added"]["top1"]), "", "", ""])
+        parts.append(table(["%", *METRICS.values()], rows))
+    else:
+        parts.append(table(["", "%"], [[label, percent(found)] for label, found in headline(result)]))
+    figure = plots.figure_of(result)
+    if figure is not None:
+        parts.append(inline(figure, name))
+    whole = {key: value for key, value in result.items() if key not in ("predictions", "confusion")}
+    parts.append(
+        f"<details><summary>result file</summary><pre>{html.escape(json.dumps(whole, indent=1))}</pre></details>"
+    )
+    return "\n".join(parts)
+
+
+def report(results: dict[str, dict]) -> str:
+    """One HTML page that needs nothing beside it: no scripts, no links, pictures inside."""
+    from img2vid import plots
+
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><title>img2vid results</title>",
+        f"<style>{STYLE}</style>",
+    ]
+    parts.append("<h1>Results</h1>")
+    if len(results) > 1:
+        for difference in differences(results):
+            parts.append(f"<p><b>Do not compare without a look:</b> {html.escape(difference)}</p>")
+        parts.append(inline(plots.comparison_figure({n: headline(r) for n, r in results.items()}), "comparison"))
+    parts += [section(name, result) for name, result in results.items()]
+    return "\n".join(parts) + "</html>\n"
+
+
+def plot_results(paths: Sequence[str], out: str | None) -> int:
+    from img2vid import plots
+
+    results = {}
+    for path in paths:
+        result = read_result(path)
+        name = name_of(result, path)
+        results[f"{name} ({path})" if name in results else name] = result
+    out = Path(out or "runs/report.html")
+    if out.suffix.lower() == ".png":
+        if len(results) > 1:
+            figure = plots.comparison_figure({name: headline(result) for name, result in results.items()})
+        else:
+            ((name, result),) = results.items()
+            figure = plots.figure_of(result) or plots.comparison_figure({name: headline(result)})
+        plots.save(figure, out)
+    elif out.suffix.lower() in (".html", ".htm"):
+        write_whole(out, report(results).encode())
+    else:
+        raise EvaluationError(f"--out {out}: expected a name that ends in .html or .png.")
+    for name, result in results.items():
+        print(name + ": " + ", ".join(f"{label} {percent(found)}" for label, found in headline(result)))
+    for difference in differences(results) if len(results) > 1 else ():
+        print(f"not the same protocol: {difference}")
+    print(f"wrote {out}")
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["attention"]:
+        from img2vid.evaluation.attention import main as attention_main
+
+        return attention_main(argv[1:])
+    parser = argparse.ArgumentParser("img2vid plot", description=__doc__.split("\n\n")[0], epilog=(
+        "img2vid plot attention --help: what a model looks at in a video"
+    ))  # fmt: skip
+    parser.add_argument("results", nargs="+", metavar="RESULT.json", help="written by img2vid eval")
+    parser.add_argument("--out", help="a page (.html) or a picture (.png); default: runs/report.html")
+    options = parser.parse_args(argv)
+    return plot_results(options.results, options.out)

@@ -1,0 +1,167 @@
+"""Retrieval: find the video of a text, and the text of a video, among all of a list.
+
+    img2vid eval retrieval --model FOLDER --data MSRVTT_JSFUSION_test.csv --root videos/
+
+Captions are the queries, every one of them; a video finds its captions when the best of them stands first. Equal scores
+share their places: rank = 1 + number greater + number equal / 2, so a model that scores everything alike is at chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import img2vid.evaluation.options as common
+from img2vid.checkpoints.native import load
+from img2vid.data.manifest import VideoList
+from img2vid.evaluation import metrics
+from img2vid.evaluation.conditions import has_gates
+from img2vid.evaluation.errors import EvaluationError
+from img2vid.evaluation.features import Compute, extract
+from img2vid.evaluation.processes import Processes, processes
+from img2vid.evaluation.prompts import embed_texts
+from img2vid.evaluation.reading import Views
+from img2vid.evaluation.results import describe_run, write_result
+from img2vid.evaluation.tables import counted, protocol_line, retrieval_table, show
+
+
+def ranks(scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks of the right answers: (of its video for each caption (Q,), of its best caption for each video (N,)).
+
+    Args:
+        scores: (Q, N), captions by videos.
+        owner: (Q,), the video each caption belongs to; every video has one.
+    """
+    own = scores.gather(1, owner[:, None])  # (Q, 1)
+    text_to_video = rank(scores, own, torch.arange(scores.shape[1])[None] == owner[:, None])
+    of_video = owner[None] == torch.arange(scores.shape[1])[:, None]  # (N, Q)
+    best = scores.T.masked_fill(~of_video, -torch.inf).max(dim=1, keepdim=True).values  # (N, 1)
+    return text_to_video, rank(scores.T, best, of_video)
+
+
+def rank(scores: Tensor, right: Tensor, is_right: Tensor) -> Tensor:
+    """1 + #greater + #equal / 2 among the wrong answers."""
+    greater, equal = ((scores > right) & ~is_right).sum(1), ((scores == right) & ~is_right).sum(1)
+    return 1 + greater + equal / 2
+
+
+def dual_softmax(scores: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Scores weighted by how much the answer prefers the query (Cheng et al. 2021, arXiv:2109.04290).
+
+    It looks at all queries at once, which a search engine cannot: report it apart. Returns what captions and what
+    videos are ranked by, both (Q, N).
+    """
+    return scores * (scale * scores).softmax(dim=0), scores * (scale * scores).softmax(dim=1)
+
+
+def recall(found: Tensor, seed: int = 0) -> dict:
+    """R@1, R@5, R@10 with intervals, and the median and mean rank."""
+    out: dict = {f"r{k}": metrics.share(found <= k, seed) for k in (1, 5, 10)}
+    return {**out, "median_rank": float(found.double().quantile(0.5)), "mean_rank": float(found.double().mean())}
+
+
+def with_captions(videos: VideoList) -> tuple[VideoList, int]:
+    """Each video once with all its captions, however many rows it had; and the number of videos without any."""
+    merged: dict = {}
+    for row in videos.rows:
+        key = (row.path, row.start_seconds, row.end_seconds)
+        merged[key] = replace(row, captions=merged[key].captions + row.captions) if key in merged else row
+    rows = tuple(row for row in merged.values() if row.captions)
+    if not rows:
+        raise EvaluationError(
+            f"{videos.source} has no captions. Retrieval needs a column caption (or captions), or an MSR-VTT list."
+        )
+    return VideoList(rows, None, videos.source), len(merged) - len(rows)
+
+
+def retrieval(
+    model,
+    videos: VideoList,
+    views: Views,
+    *,
+    template: str = "{}",
+    baseline: bool = True,
+    keep_predictions: bool = False,
+    seed: int = 0,
+    source: str | None = None,
+    cache: str | Path | None = None,
+    compute: Compute | None = None,
+    strict: bool = False,
+    shared: Processes | None = None,
+    on_progress=lambda count: None,
+) -> dict | None:
+    """Text-to-video and video-to-text retrieval over the readable videos; None in all processes but the first."""
+    compute, shared = compute or Compute(), shared or Processes()
+    if not hasattr(model, "encode_text"):
+        embed_texts(model, ["a"])  # says what to do
+    if template.count("{}") != 1:
+        raise EvaluationError(f"template={template!r}: expected {{}} once, where the caption goes.")
+    videos, uncaptioned = with_captions(videos)
+    conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
+    features = extract(
+        model, videos, views, conditions, cache=cache, compute=compute, strict=strict, processes=shared,
+        on_progress=on_progress,
+    )  # fmt: skip
+    if not shared.is_first:
+        return None
+    captions = [(i, caption) for i, row in enumerate(features.rows) for caption in videos.rows[row].captions]
+    owner = torch.tensor([i for i, _ in captions])
+    # every different text once, so that equal captions have equal scores to the last bit
+    texts = {template.replace("{}", caption): None for _, caption in captions}
+    place = {text: i for i, text in enumerate(texts)}
+    embedded = embed_texts(model, list(texts)).double()
+    text = F.normalize(embedded, dim=-1)[[place[template.replace("{}", c)] for _, c in captions]]
+    result = describe_run("retrieval", model, source, videos, features, compute, conditions)
+    result["data"] |= {"captions": len(captions), "uncaptioned": uncaptioned}
+    result["protocol"] |= {"name": "retrieval", "fusion": "feature", "template": template, "seed": seed}
+    result["metrics"], found = {}, {}
+    for name in conditions:
+        video = F.normalize(F.normalize(features.of[name].double(), dim=-1).mean(1), dim=-1)  # (N, D)
+        scores = text @ video.T
+        by_text, by_video = dual_softmax(scores, float(model.logit_scale.detach().exp()))
+        found[name] = ranks(scores, owner)
+        dual = ranks(by_text, owner)[0], ranks(by_video, owner)[1]
+        result["metrics"][name] = {
+            "text_to_video": recall(found[name][0], seed),
+            "video_to_text": recall(found[name][1], seed),
+            "dual_softmax": {"text_to_video": recall(dual[0], seed), "video_to_text": recall(dual[1], seed)},
+        }
+    if keep_predictions:
+        result["predictions"] = [
+            {"video": videos.rows[features.rows[i]].path, "caption": caption}
+            | {name: {"rank": float(found[name][0][q])} for name in conditions}
+            for q, (i, caption) in enumerate(captions)
+        ]
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("img2vid eval retrieval", description=__doc__.split("\n\n")[0])
+    common.add_model(parser, "runs/eval/retrieval.json")
+    common.add_data(parser)
+    parser.add_argument("--template", default="{}", help="what a caption is put into (default: {}, the caption alone)")
+    parser.add_argument("--no-baseline", action="store_true", help="leave out the image model of the same weights")
+    parser.add_argument("--predictions", action="store_true", help="keep the rank of every caption's video")
+    common.add_views(parser)
+    common.add_compute(parser)
+    options = parser.parse_args(argv)
+    with processes() as shared:
+        videos = common.lists_of(options, options.data, classes=None).videos
+        model = load(options.model)
+        with common.progress_bar("videos", -(-len(videos) // shared.world_size), shared.is_first) as advance:
+            result = retrieval(
+                model, videos, common.views_of(options, model), template=options.template,
+                baseline=not options.no_baseline, keep_predictions=options.predictions, seed=options.seed,
+                source=options.model, cache=common.cache_of(options), compute=common.compute_of(options, shared),
+                strict=options.strict, shared=shared, on_progress=advance,
+            )  # fmt: skip
+    if result is not None:
+        write_result(result, options.out)
+        show(retrieval_table(result), counted(result["data"]), protocol_line(result["protocol"]), options.out)
+    return 0

@@ -1,0 +1,252 @@
+"""Zero-shot classification of videos, with the image model of the same weights beside it.
+
+img2vid eval zero-shot --model runs/convert/nano_clip --data test.csv --templates action
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import img2vid.evaluation.options as common
+from img2vid.checkpoints.native import load
+from img2vid.data.manifest import VideoList
+from img2vid.evaluation import metrics
+from img2vid.evaluation.conditions import has_gates
+from img2vid.evaluation.errors import EvaluationError
+from img2vid.evaluation.features import Compute, Features, extract
+from img2vid.evaluation.processes import Processes, processes
+from img2vid.evaluation.prompts import class_embeddings, embed_texts, read_templates, readable, template_hash
+from img2vid.evaluation.protocols import PROTOCOLS, Lists, Round, rounds, summarise
+from img2vid.evaluation.reading import Views
+from img2vid.evaluation.results import describe_run, names_of, write_result
+from img2vid.evaluation.scores import FUSIONS, OwnHead, TextHead, score
+from img2vid.evaluation.tables import print_classification
+
+
+def zero_shot(
+    model,
+    lists: Lists,
+    views: Views,
+    *,
+    templates="action",
+    protocol: str = "list",
+    fusion: str | None = None,
+    baseline: bool = True,
+    keep_predictions: bool = False,
+    seed: int = 0,
+    source: str | None = None,
+    cache: str | Path | None = None,
+    compute: Compute | None = None,
+    strict: bool = False,
+    shared: Processes | None = None,
+    on_progress=lambda count: None,
+    **protocol_options,
+) -> dict | None:
+    """Measure a model on labelled videos; the result is what goes into the JSON file.
+
+    A model with a classifier of its own is asked for its logits instead of being compared with texts.
+
+    Args:
+        protocol_options: of ``protocols.rounds``: num_rounds, class_splits, base_classes.
+
+    Returns:
+        The result, in the first process; None in the others.
+    """
+    compute, shared, videos = compute or Compute(), shared or Processes(), lists.videos
+    question = Question.to(model, videos, templates, fusion)
+    conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
+    features = extract(
+        model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
+        processes=shared, on_progress=on_progress,
+    )  # fmt: skip
+    if not shared.is_first:
+        return None
+    labelled = labelled_rows(features, videos)
+    made = rounds(protocol, lists, labelled, seed=seed, **protocol_options)
+    scored = question.scored(model, features)
+
+    task = "classification" if question.own else "zero_shot"
+    result = question.describe(task, model, source, features, compute, conditions)
+    result["protocol"] |= {
+        "name": protocol,
+        "seed": seed,
+        "rounds": [describe_round(r, question.names) for r in made],
+    }
+    if "frame_mean" not in conditions:
+        result["protocol"]["frame_mean"] = (
+            "left out" if not baseline else "this model has no gates that could be closed"
+        )
+    result["metrics"] = {}
+    for name in conditions:
+        measured = [scored[name].metrics(r, seed) for r in made]
+        result["metrics"][name] = {"summary": summarise(protocol, measured), "rounds": measured}
+    if "frame_mean" in conditions:
+        gaps = [
+            metrics.difference(
+                *(scored[name].right(r) for name in ("model", "frame_mean")), scored["model"].labels(r), seed
+            )
+            for r in made
+        ]
+        spread = metrics.mean_and_std([gap["value"] for gap in gaps])
+        added = gaps[0] if len(gaps) == 1 else {"value": spread["mean"], "std": spread["std"]}
+        result["metrics"]["time_added"] = {"top1": added, "rounds": gaps}
+    everything = Round("all", tuple(labelled))
+    result["confusion"] = {
+        name: metrics.confusion(s.predicted(everything), s.labels(everything), len(question.names))
+        for name, s in scored.items()
+    }
+    if keep_predictions:
+        result["predictions"] = list_predictions(scored, everything, videos, question.names)
+    return result
+
+
+def describe_round(r: Round, names: Sequence[str]) -> dict:
+    """A round in the result file; classes are None where all compete."""
+    classes = None if r.classes is None else [names[c] for c in r.classes]
+    return {"name": r.name, "videos": len(r.rows), "classes": classes}
+
+
+def labelled_rows(features: Features, videos: VideoList) -> list[int]:
+    rows = [row for row in features.rows if videos.rows[row].label is not None]
+    if not rows:
+        raise EvaluationError(f"None of the readable videos of {videos.source} has a label.")
+    return rows
+
+
+@dataclass
+class Question:
+    """What a model is asked about videos: which of these names? By its text tower, or its own classifier."""
+
+    names: list[str]
+    templates: tuple[str, ...]
+    template_name: str | None
+    own: bool
+    fusion: str
+    videos: VideoList
+
+    @classmethod
+    def to(cls, model, videos: VideoList, templates, fusion: str | None) -> Question:
+        """Says what would make the numbers meaningless before any video is read."""
+        num_classes = model.config.num_classes
+        if num_classes is not None:
+            names = videos.class_names or [str(i) for i in range(num_classes)]
+            if len(names) != num_classes:
+                raise EvaluationError(
+                    f"The model's classifier has {num_classes} classes, the list has {len(names)}. "
+                    "Give --classes with the training list's, in their order."
+                )
+            return cls(list(names), (), None, True, fusion or "logit", videos)
+        if not hasattr(model, "encode_text"):
+            embed_texts(model, ["a"])  # says what to do
+        if videos.class_names is None:
+            raise EvaluationError(
+                f"{videos.source} numbers its classes; give their names: --classes FILE (or ucf101, ...)."
+            )
+        texts, name = read_templates(templates)
+        return cls(list(videos.class_names), texts, name, False, fusion or "feature", videos)
+
+    @property
+    def level(self) -> str:
+        return "output" if self.own else "features"
+
+    def scored(self, model, features: Features) -> dict[str, Scored]:
+        """Scores under each condition of the features."""
+        if self.own:
+            head = OwnHead(len(self.names))
+        else:
+            head = TextHead.of(model, class_embeddings(model, self.names, self.templates))
+        return {name: Scored(head, features, name, self.videos, self.fusion) for name in features.of}
+
+    def describe(self, task: str, model, source, features: Features, compute: Compute, conditions) -> dict:
+        result = describe_run(task, model, source, self.videos, features, compute, conditions)
+        labelled = sum(self.videos.rows[row].label is not None for row in features.rows)
+        result["data"]["unlabelled"] = len(features.rows) - labelled
+        result["protocol"]["fusion"] = self.fusion
+        result["protocol"]["bootstrap"] = {"resamples": metrics.RESAMPLES, "confidence": metrics.CONFIDENCE}
+        if not self.own:
+            result["protocol"]["templates"] = {
+                "name": self.template_name,
+                "texts": list(self.templates),
+                "hash": template_hash(self.templates),
+                "classes": {name: readable(name) for name in self.names},
+            }
+        return result
+
+
+class Scored:
+    """The scores of all videos under one condition, asked for one round at a time."""
+
+    def __init__(self, head, features: Features, condition: str, videos, fusion: str) -> None:
+        self.head, self.fusion, self.videos = head, fusion, videos
+        self.features = features.of[condition]
+        self.place = {row: i for i, row in enumerate(features.rows)}
+
+    def labels(self, r: Round) -> torch.Tensor:
+        labels = [self.videos.rows[row].label for row in r.rows]
+        return torch.tensor(labels if r.classes is None else [r.classes.index(label) for label in labels])
+
+    def scores(self, r: Round) -> tuple[torch.Tensor, torch.Tensor]:
+        return score(self.head, self.features[[self.place[row] for row in r.rows]], self.fusion, r.classes)
+
+    def predicted(self, r: Round) -> torch.Tensor:
+        return metrics.predictions(self.scores(r)[0])
+
+    def right(self, r: Round) -> torch.Tensor:
+        return self.predicted(r) == self.labels(r)
+
+    def metrics(self, r: Round, seed: int) -> dict:
+        scores, probabilities = self.scores(r)
+        return {
+            "name": r.name,
+            "videos": len(r.rows),
+            **metrics.classification(scores, probabilities, self.labels(r), seed),
+        }
+
+
+def list_predictions(scored: dict[str, Scored], r: Round, videos, names: Sequence[str]) -> list[dict]:
+    paths = names_of(videos)
+    out = [{"video": paths[row], "label": names[videos.rows[row].label]} for row in r.rows]
+    for condition, s in scored.items():
+        ranked, probabilities = s.scores(r)
+        for entry, predicted, p in zip(out, metrics.predictions(ranked).tolist(), probabilities, strict=True):
+            entry[condition] = {"predicted": names[predicted], "probability": float(p[predicted])}
+    return out
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("img2vid eval zero-shot", description=__doc__.split("\n\n")[0])
+    common.add_model(parser, "runs/eval/zero_shot.json")
+    common.add_data(parser)
+    group = parser.add_argument_group("protocol")
+    group.add_argument("--protocol", default="list", choices=PROTOCOLS, help="docs/evaluation.md (default: list)")
+    common.add_templates(group)
+    group.add_argument("--fusion", choices=FUSIONS, help="of views (default: feature)")
+    group.add_argument("--num-rounds", type=int, default=10, help="of protocol halves (default: 10)")
+    group.add_argument("--class-splits", nargs="+", default=(), metavar="FILE", help="classes of each round")
+    group.add_argument("--base-classes", metavar="FILE", help="of base-to-novel (default: the first half)")
+    group.add_argument("--no-baseline", action="store_true", help="leave out the image model of the same weights")
+    group.add_argument("--predictions", action="store_true", help="keep what was said of each video")
+    common.add_views(parser)
+    common.add_compute(parser)
+    options = parser.parse_args(argv)
+    with processes() as shared:
+        lists = common.lists_of(options, options.data, options.protocol)
+        model = load(options.model)
+        with common.progress_bar("videos", -(-len(lists.videos) // shared.world_size), shared.is_first) as advance:
+            result = zero_shot(
+                model, lists, common.views_of(options, model), templates=common.templates_of(options),
+                protocol=options.protocol, fusion=options.fusion, baseline=not options.no_baseline,
+                keep_predictions=options.predictions, seed=options.seed, source=options.model,
+                cache=common.cache_of(options), compute=common.compute_of(options, shared), strict=options.strict, shared=shared,
+                on_progress=advance, num_rounds=options.num_rounds, class_splits=options.class_splits,
+                base_classes=options.base_classes,
+            )  # fmt: skip
+    if result is not None:
+        write_result(result, options.out)
+        print_classification(result, options.out)
+    return 0

@@ -1,0 +1,119 @@
+"""Results drawn again without a model, and compared with a warning where they do not compare."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from img2vid import plots
+from img2vid.cli import main as cli
+from img2vid.evaluation.honesty import honesty
+from img2vid.evaluation.probe import probe
+from img2vid.evaluation.protocols import gather_lists
+from img2vid.evaluation.reading import Views
+from img2vid.evaluation.report import differences, report
+from img2vid.evaluation.results import read_result, write_result
+from img2vid.evaluation.retrieval import retrieval
+from img2vid.evaluation.zero_shot import zero_shot
+from tests.evaluation.conftest import CPU
+
+
+@pytest.fixture(scope="module")
+def results(nano_folder, motion, tmp_path_factory):
+    """One result of every task, as files."""
+    import img2vid
+
+    model, lists, folder = img2vid.load(nano_folder), gather_lists([motion / "test.csv"]), tmp_path_factory.mktemp("r")
+    videos, given = lists.videos, {"compute": CPU, "cache": folder / "cache"}
+    made = {
+        "zero": zero_shot(model, lists, Views(4), **given),
+        "zero_half": zero_shot(model, lists, Views(2), templates="motion", **given),
+        "honesty": honesty(model, lists, Views(4), **given),
+        "retrieval": retrieval(model, videos, Views(4), **given),
+        "probe": probe(model, videos, videos, Views(4), kinds=["knn"], **given),
+    }
+    return {name: write_result(result, folder / f"{name}.json") for name, result in made.items()}
+
+
+def test_a_page_that_needs_nothing_beside_it(results, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    assert cli(["plot", *map(str, results.values()), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert page.count("data:image/png;base64,") >= 4
+    assert not re.search(r'(src|href)="(?!data:)|<script|@import|url\(', page)
+    top1 = json.loads(results["zero"].read_text())["metrics"]["model"]["summary"]["top1"]["value"]
+    assert f"{100 * top1:.1f} [" in page
+    assert "tasks differ" in capsys.readouterr().out
+
+
+def test_names_are_escaped(results):
+    result = read_result(results["zero"])
+    result["data"]["list"] = "<script>alert(1)</script>"
+    assert "<script" not in report({"<b>name</b>": result})
+
+
+def test_what_does_not_compare_is_said(results):
+    same = {name: read_result(results["zero"]) for name in ("a", "b")}
+    assert differences(same) == []
+    found = differences({name: read_result(results[name]) for name in ("zero", "zero_half")})
+    assert [text.split(" differ")[0] for text in found] == ["views", "templates"]
+    same["b"]["data"]["used"] -= 1
+    assert differences(same) == [f"videos used differ: a: 24; b: {23}"]
+
+
+def test_pictures(results, tmp_path):
+    for name, path in results.items():
+        out = tmp_path / f"{name}.png"
+        assert cli(["plot", str(path), "--out", str(out)]) == 0
+        assert out.read_bytes().startswith(b"\x89PNG")
+    assert cli(["plot", str(results["zero"]), str(results["zero_half"]), "--out", str(tmp_path / "both.png")]) == 0
+
+
+def test_no_model_is_needed(results, tmp_path):
+    """Drawing imports neither torch's models nor a decoder: only numbers from a file."""
+    code = (
+        "import sys; from img2vid import plots; import json;"
+        f"plots.save(plots.figure_of(json.load(open({str(results['honesty'])!r}))), {str(tmp_path / 'h.png')!r});"
+        "print(sorted({'torch', 'timm', 'av'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]" and (tmp_path / "h.png").exists()
+
+
+def test_other_figures_show_what_they_are_given():
+    grid = plots.retrieval_figure(
+        [("a dot", [np.zeros((8, 8, 3)), np.ones((8, 8, 3))], 1), ("a line", [np.ones((8, 8, 3))], 0)]
+    )
+    right = [axis.spines["top"].get_linewidth() == 3 for axis in grid.axes]
+    assert right == [False, True, True, False]
+    curves = plots.curves_figure({"blocks.0": [(0, 0.0), (1, 0.5)], "blocks.1": [(0, 0.0), (1, 0.2)]}, "gates")
+    assert [line.get_ydata().tolist() for line in curves.axes[0].lines] == [[0.0, 0.5], [0.0, 0.2]]
+    similar = plots.similarity_figure(np.eye(3), ["a", "b", "c"], ["x", "y", "z"])
+    assert [t.get_text() for t in similar.axes[0].get_xticklabels()] == ["x", "y", "z"]
+    assert np.array_equal(similar.axes[0].images[0].get_array(), np.eye(3))
+    numbers = {"one": [("x", {"value": 0.2, "interval": [0.1, 0.4]})], "two": [("x", {"value": 0.9}), ("y", None)]}
+    axes = plots.comparison_figure(numbers).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([20.0, 90.0])
+    legend = [patch.get_facecolor() for patch in axes.get_legend().get_patches()]
+    assert legend == [bar.get_facecolor() for bar in axes.patches] and legend[0] != legend[1]
+    for figure in (grid, curves, similar):
+        assert plots.png(figure).startswith(b"\x89PNG")
+
+
+def test_files_that_are_no_results(tmp_path, capsys):
+    for content, said in (("{", "cannot be read"), ("[]", "no result of img2vid eval"), ("{}", "no result of")):
+        (tmp_path / "x.json").write_text(content)
+        assert cli(["plot", str(tmp_path / "x.json")]) == 2
+        assert said in capsys.readouterr().err
+    later = {"format": 99, "task": "zero_shot", "protocol": {}}
+    (tmp_path / "x.json").write_text(json.dumps(later))
+    assert cli(["plot", str(tmp_path / "x.json")]) == 2
+    assert "is in format 99" in capsys.readouterr().err
+
+
+def test_out_must_be_a_page_or_a_picture(results, tmp_path, capsys):
+    assert cli(["plot", str(results["zero"]), "--out", str(tmp_path / "x.pdf")]) == 2
+    assert "ends in .html or .png" in capsys.readouterr().err
