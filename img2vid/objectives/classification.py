@@ -109,7 +109,12 @@ class Classification(Objective):
         optimizer = torch.optim.Adam(tower, lr=1e-3)
         for _ in range(self.spread_steps):
             optimizer.zero_grad()
-            sum(self.text_losses(step, self.embed_classes(step, self.classes, train=True)).values()).backward()
+            losses = self.text_losses(step, self.embed_classes(step, self.classes, train=True))
+            if self.classes == "caption" and hasattr(self, "label_tokens"):
+                # what a class means should not depend on the rest of the caption
+                labels = self.embed_classes(step, "label", train=True)
+                losses["label_spread_loss"] = self.text_losses(step, labels)["text_spread_loss"]
+            sum(losses.values()).backward()
             optimizer.step()
         optimizer.zero_grad()
         for parameter in frozen:
