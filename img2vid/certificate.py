@@ -192,11 +192,6 @@ def check_reference(video: VideoModel, image: nn.Module) -> None:
     """Say how the reference is another model, before a library does in its own terms."""
     if isinstance(image, VideoModel):
         raise Img2VidError("The reference of a certificate is the image model, but a VideoModel was given.")
-    if {id(p) for p in image.parameters()} & {id(p) for p in video.parameters()}:
-        raise Img2VidError(
-            "The reference shares its parameters with the video model: converting works in place, so it has time in it "
-            "by now. Build a second image model of the same name and load the original weights into it."
-        )
     if not isinstance(video.base, own_class(image)) and not isinstance(image, own_class(video.base)):
         raise Img2VidError(
             f"The reference is a {own_class(image).__name__}, but the model was made from a "
@@ -219,6 +214,11 @@ def check_reference(video: VideoModel, image: nn.Module) -> None:
     if tower.image_size != video.tower.image_size and not tower.any_size:
         differences.append(f"made for images of {tower.image_size} pixels, the model for {video.tower.image_size}")
     if differences:
+        if {id(p) for p in image.parameters()} & {id(p) for p in video.parameters()}:
+            raise Img2VidError(
+                "The reference shares its parameters with the video model: converting works in place, so it has time "
+                "in it by now. Build a second image model of the same name and load the original weights into it."
+            )
         raise Img2VidError(
             f"The reference is a {type(image).__name__} of another architecture or size than the one this model was "
             f"made from. Build it with the same name and arguments:\n{listed(differences)}"
