@@ -343,6 +343,15 @@ def test_a_head_needs_one_vector_per_image(settings):
         make(small_vit(global_pool=""), **settings)
 
 
+@pytest.mark.parametrize("init", ["copy", "random"])
+def test_what_is_inserted_in_a_frozen_model_can_be_trained(init):
+    """Feature extractors often come frozen; the branch copied from them, its norms included, is there to learn."""
+    frozen = small_vit(qk_norm=True).requires_grad_(False)
+    video, _ = make(frozen, temporal_init=init)
+    for name, parameter in video.named_parameters():
+        assert parameter.requires_grad == (video.origin(name) != "pretrained"), name
+
+
 def test_sizes_that_are_no_multiple_of_the_patch():
     video, _ = make(small_vit(dynamic_img_size=True))
     with pytest.raises(ClipError, match="cannot be cut into patches of 8 x 8"):

@@ -40,5 +40,7 @@ def insert_temporal_attention(
     block.temporal_norm1 = copy.deepcopy(spatial.norm) if init == "copy" else fresh_copy(spatial.norm)
     block.temporal_attn = TemporalAttention.from_spatial(spatial, init)
     block.temporal_fc = make_gate(gate, spatial.dim, device, dtype)
+    for module in (block.temporal_norm1, block.temporal_attn):
+        module.requires_grad_(True)  # copies of frozen norms would come frozen
     block.temporal_drop_path = ClipDropPath(drop_path, clip) if drop_path > 0.0 else nn.Identity()
     block.num_shared_tokens, block.post_norm = num_shared_tokens, spatial.post_norm
