@@ -9,6 +9,7 @@ again (it must come back bit for bit), and two optimiser steps show where gradie
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +35,8 @@ from img2vid.liveness import Liveness, measure_liveness, three_acts
 from img2vid.model import VideoModel, VideoTextModel
 from img2vid.temporal.infront import own_class
 from img2vid.weights import listed
+
+log = logging.getLogger("img2vid")  # commands show it
 
 
 @dataclass
@@ -155,14 +158,18 @@ def certify(
     frames = sorted(set(num_frames or (1, 2, 3, video.config.num_steps)))
     with in_eval_mode(model, reference):
         with torch.no_grad(), video.gates_closed():
-            comparisons = [
-                compare(video, image, kind, t, guarantee.strength.get(kind), generator, image_size)
-                for t in frames
-                for kind in kinds_for(t, frames, guarantee.strength)
-            ]
+            comparisons = []
+            for t in frames:
+                for kind in kinds_for(t, frames, guarantee.strength):
+                    log.info("Comparing on a %s clip, T = %d", kind, t)
+                    comparisons.append(
+                        compare(video, image, kind, t, guarantee.strength.get(kind), generator, image_size)
+                    )
         gates = [largest(p.detach()) for p in zero_parameters.values()]
         gates_moved = largest(torch.tensor(gates or [0.0], dtype=torch.float64))  # max() of Python loses nan
+        log.info("Opening the gates, closing them again")
         acts = three_acts(video, generator, as_trained=gates_moved != 0.0, size=image_size)
+        log.info("Two optimiser steps")
         liveness = measure_liveness(video, generator, image_size)
         text_difference = compare_text(model, reference, generator)
     own, theirs = (image_weights(m, image_whole, video.config) for m in (whole, image_whole))

@@ -55,7 +55,8 @@ def check_clips(clips: Tensor, tower: ImageTower, config: VideoConfig, weight: T
     if not tower.pads and (size[0] % patch[0] or size[1] % patch[1]):
         raise ClipError(
             f"Frames of {size[0]} x {size[1]} pixels cannot be cut into patches of {patch[0]} x {patch[1]}; "
-            f"use multiples, such as {native[0]} x {native[1]}."
+            f"use multiples, such as {native[0]} x {native[1]}, which torchvision's center_crop(clip, {list(native)}) "
+            "cuts out."
         )
 
 

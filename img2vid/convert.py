@@ -202,6 +202,7 @@ def run(options: dict[str, Any]) -> int:
     how = {name: options.pop(name, None) for name in ("weights", "random_weights", "dtype")}
     tried = {"num_frames": options.pop("certify_frames", None), "image_size": options.pop("certify_size", None)}
     progress = Progress()
+    progress.say("Importing torch, timm and open_clip")
     with progress.stage(f"Loading {backbone}"):
         from img2vid.backbones.names import parse_name
         from img2vid.backbones.tower import structural_copy
@@ -231,7 +232,7 @@ def run(options: dict[str, Any]) -> int:
         model = build_model(loaded, config).eval()
     progress.say(f"Converted: {config.attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
     progress.console.print(parameter_table(model))
-    with progress.stage("Certifying: running both models on single, static, moving and shuffled clips"):
+    with progress.stage("Certifying: running both models (--certify-frames 1 2 or --certify-size make it shorter)"):
         certificate = certify(model, reference, weights_before=weights_before, at_step_0=True, **tried)
     progress.console.print(certificate_table(certificate))
     with progress.stage(f"Writing {out}"):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import img2vid
 from img2vid.backbones import load_backbone, wrap_module
-from img2vid.backbones.from_open_clip import tag_arguments
+from img2vid.backbones.from_open_clip import draw_projection, tag_arguments
 from img2vid.backbones.hub import WeightsUnavailable
 from img2vid.backbones.names import ALIASES, parse_name
 from img2vid.errors import BackboneError, WeightsError
@@ -176,3 +176,14 @@ def test_other_image_sizes_by_the_backbones_own_means(name, size, arguments):
         else:
             with pytest.raises(img2vid.Img2VidError, match="fixed to"):
                 model(clips)
+
+
+def test_random_coca_has_no_memory_for_weights():
+    """open_clip leaves one projection as ``torch.empty`` returned it."""
+    towers = {"vision_cfg": {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}}
+    text = {"layers": 1, "width": 64, "heads": 2, "context_length": 8, "vocab_size": 50, "embed_cls": True}
+    model = open_clip.CoCa(embed_dim=64, **towers, text_cfg=text, multimodal_cfg=text)
+    with torch.no_grad():
+        model.text_decoder.text_projection.fill_(float("nan"))
+    draw_projection(model)
+    assert 0.05 < model.text_decoder.text_projection.std() < 0.25

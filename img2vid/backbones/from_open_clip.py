@@ -94,6 +94,8 @@ def load_open_clip(
                 device=device,
                 **arguments,
             )
+        if random_weights:
+            draw_projection(model)
     source = None if random_weights else f"open_clip {name.architecture}/{name.tag}".removesuffix("/None")
     tower, report = describe_open_clip(model.visual), LoadReport()
     set_image_size(model.visual, tower, image_size)  # first, so that a file of that size goes in as it is
@@ -101,6 +103,13 @@ def load_open_clip(
         report = load_file(model, describe_open_clip(model.visual), weights)
         source = f"the file {Path(weights).name}"
     return Backbone(model.eval(), describe_open_clip(model.visual), str(name), described, source, report)
+
+
+def draw_projection(model: nn.Module) -> None:
+    """open_clip leaves the projection of CoCa's caption decoder as the memory it was given, at times nan."""
+    projection = getattr(getattr(model, "text_decoder", None), "text_projection", None)
+    if isinstance(projection, nn.Parameter):
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
 
 
 def check_known(name: BackboneName) -> None:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from random import Random
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from img2vid.data import sampling
 from img2vid.data.errors import VideoError
@@ -105,6 +106,8 @@ class VideoDataset(Dataset):
         self.backend, self.on_error, self.on_bad_video = backend, on_error, on_bad_video
         self.order = EpochOrder(len(videos), seed, train if shuffle is None else shuffle)
         self.bad_limit = math.ceil(max_bad_videos * len(videos))
+        self.taken: set[int] = set()  # rows asked for by number
+        self.warned = False
         # One flag per row, in memory the workers share: no two of them count a video twice, and no lock is needed.
         self.bad = torch.zeros(len(videos), dtype=torch.uint8).share_memory_()
 
@@ -115,6 +118,8 @@ class VideoDataset(Dataset):
         if not isinstance(place, tuple):
             if not 0 <= place < len(self):
                 raise IndexError(f"{self.videos.source}: row {place} asked for, but the list has 0 to {len(self) - 1}")
+            if self.train:
+                self._warn_of_repetition(place)
             return self.load(place, Position(0, place))
         for step in range(len(self)):
             index = self.order.row(place[0], place[1] + step)
@@ -127,6 +132,17 @@ class VideoDataset(Dataset):
                     raise
                 self._count_bad(index, error)
         raise VideoError.about(self.videos.source, "every video of the list is bad")
+
+    def _warn_of_repetition(self, index: int) -> None:
+        """A plain sampler says which row, not which epoch, so every epoch would cut the same clips from it."""
+        if not self.warned and (index in self.taken or get_worker_info() is not None):
+            self.warned = True
+            warnings.warn(
+                "Training clips asked for by row number are the same in every epoch. Give the DataLoader "
+                "sampler=img2vid.data.loading.TrainSampler(len(dataset)) and call its set_epoch(epoch).",
+                stacklevel=3,
+            )
+        self.taken.add(index)
 
     def load(self, index: int, place: Position) -> dict:
         row = self.videos.rows[index]

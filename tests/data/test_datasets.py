@@ -41,6 +41,17 @@ def test_test_items_are_the_frames_the_samplers_say(videos):
         assert (item["index"], item["label"], item["caption"], item["damaged_packets"]) == (9, 1, "", 0)
 
 
+def test_training_by_row_number_is_warned_of_when_it_repeats(videos, recwarn):
+    dataset = train_set(videos)
+    first = dataset[3]["clip"]
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"sampler=img2vid.data.loading.TrainSampler"):
+        assert torch.equal(dataset[3]["clip"], first)
+    VideoDataset(videos, ClipSampler(4), as_read)[3]
+    dataset[Position(0, 3)], dataset[3]
+    assert len(recwarn) == 0  # one warning is enough; testing repeats rightly
+
+
 def test_views_are_clips_times_crops(videos):
     dataset = VideoDataset(videos, ClipSampler(4, 2, num_clips=3), TestTransform(SPEC, num_crops=3))
     item = dataset[9]
