@@ -242,8 +242,8 @@ def main(argv: Sequence[str]) -> int:
                 model, lists, common.views_of(options, model), templates=common.templates_of(options),
                 protocol=options.protocol, fusion=options.fusion, baseline=not options.no_baseline,
                 keep_predictions=options.predictions, seed=options.seed, source=options.model,
-                cache=common.cache_of(options), compute=common.compute_of(options, shared), strict=options.strict, shared=shared,
-                on_progress=advance, num_rounds=options.num_rounds, class_splits=options.class_splits,
+                cache=common.cache_of(options), compute=common.compute_of(options, shared), strict=options.strict,
+                shared=shared, on_progress=advance, num_rounds=options.num_rounds, class_splits=options.class_splits,
                 base_classes=options.base_classes,
             )  # fmt: skip
     if result is not None:
