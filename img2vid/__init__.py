@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from img2vid.convert import convert
     from img2vid.data import probe, read_clip
     from img2vid.errors import Img2VidError
+    from img2vid.inspection import inspect
     from img2vid.model import VideoModel, VideoTextModel
 
 PUBLIC = {
@@ -28,6 +29,7 @@ PUBLIC = {
     "VideoTextModel": "img2vid.model",
     "certify": "img2vid.certificate",
     "convert": "img2vid.convert",
+    "inspect": "img2vid.inspection",
     "load": "img2vid.checkpoints.native",
     "load_backbone": "img2vid.backbones",
     "probe": "img2vid.data",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "certify",
     "convert",
+    "inspect",
     "load",
     "load_backbone",
     "probe",

@@ -2,8 +2,8 @@
 
 Four kinds of clip are shown to both models on the same folded batch (one frame; one frame repeated; different frames;
 those frames shuffled), and what comes out of every block and of the whole is compared. Then the gates are pushed off
-zero (the output must move, and each frame must notice when the others change), closed again (it must come back bit for
-bit), and two optimiser steps show where gradient arrives.
+zero (the output must move, and each frame must notice when the others of its clip change, and nothing else), closed
+again (it must come back bit for bit), and two optimiser steps show where gradient arrives.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from img2vid.evidence import (
 from img2vid.guarantees import Guarantee
 from img2vid.liveness import Liveness, measure_liveness, three_acts
 from img2vid.model import VideoModel, VideoTextModel
+from img2vid.temporal.infront import own_class
 from img2vid.weights import listed
 
 
@@ -50,23 +51,33 @@ class Certificate:
     perturbed_difference: float | None  # None where there is no gate to move
     closed_difference: float | None
     exchange: float  # how far a frame's feature moves when only the other frames of its clip change, gates opened
+    leak: float  # how far a clip's features move when only the other clips of its batch change, gates opened
     liveness: list[Liveness]
     expected_alive: bool
     weights_now: str  # fingerprint of the weights that come from the image model
     weights_before: str | None = None  # the same before the conversion, where it was noted
     weights_at_conversion: str | None = None  # the same when a saved model was made: training may have changed them
     text_difference: float | None = None
+    at_step_0: bool = False  # the model comes straight from its conversion, so nothing can have moved its gates
 
     @property
     def held(self) -> bool:
-        """Whether every claimed guarantee held (with gates closed, for a model whose gates have moved)."""
+        """Whether every claimed guarantee held (with gates closed, for a model that training may have moved)."""
         equal, total = self.image_weights_equal
         same_weights = equal == total and self.weights_before in (None, self.weights_now)
-        return same_weights and all(c.held is not False for c in self.comparisons) and not self.text_difference
+        started_closed = self.gates_moved == 0.0 or not self.at_step_0
+        same_function = all(c.held is not False for c in self.comparisons) and not self.text_difference
+        return same_weights and started_closed and same_function
 
     @property
     def reversible(self) -> bool:
-        return self.closed_difference in (None, 0.0) and self.perturbed_difference != 0.0
+        moved = self.perturbed_difference
+        return self.closed_difference in (None, 0.0) and (moved is None or moved > 0.0)  # False for nan
+
+    @property
+    def separate(self) -> bool:
+        """Whether the clips of a batch know nothing of each other."""
+        return self.leak == 0.0
 
     @property
     def alive(self) -> bool:
@@ -76,10 +87,10 @@ class Certificate:
 
     @property
     def ok(self) -> bool:
-        return self.held and self.reversible and (self.alive or not self.expected_alive)
+        return self.held and self.separate and self.reversible and (self.alive or not self.expected_alive)
 
     def to_dict(self) -> dict[str, Any]:
-        verdicts = {"ok": self.ok, "held": self.held, "reversible": self.reversible, "alive": self.alive}
+        verdicts = {name: getattr(self, name) for name in ("ok", "held", "reversible", "separate", "alive")}
         measured = asdict(self)
         for row, comparison in zip(measured["comparisons"], self.comparisons, strict=True):
             row["held"] = comparison.held
@@ -101,6 +112,7 @@ def certify(
     num_frames: Sequence[int] | None = None,
     image_size: tuple[int, int] | None = None,
     weights_before: str | None = None,
+    at_step_0: bool = False,
     seed: int = 0,
 ) -> Certificate:
     """Compare a video model with the image model it came from. Weights are the same afterwards.
@@ -116,6 +128,8 @@ def certify(
             model is certified faster on small frames.
         weights_before: fingerprint of the image model before it was converted, where
             ``reference`` shares weights with the video model and so cannot tell whether they were changed.
+        at_step_0: the model comes straight from its conversion: gates that are not at zero are no training then, but a
+            broken promise.
         seed: of the random clips and perturbations.
 
     Raises:
@@ -146,8 +160,9 @@ def certify(
                 for t in frames
                 for kind in kinds_for(t, frames, guarantee.strength)
             ]
-        gates_moved = max((largest(p.detach()) for p in zero_parameters.values()), default=0.0)
-        acts = three_acts(video, generator, as_trained=gates_moved > 0.0, size=image_size)
+        gates = [largest(p.detach()) for p in zero_parameters.values()]
+        gates_moved = largest(torch.tensor(gates or [0.0], dtype=torch.float64))  # max() of Python loses nan
+        acts = three_acts(video, generator, as_trained=gates_moved != 0.0, size=image_size)
         liveness = measure_liveness(video, generator, image_size)
         text_difference = compare_text(model, reference, generator)
     own, theirs = (image_weights(m, image_whole, video.config) for m in (whole, image_whole))
@@ -163,11 +178,13 @@ def certify(
         perturbed_difference=acts.perturbed,
         closed_difference=acts.closed,
         exchange=acts.exchange,
+        leak=acts.leak,
         liveness=liveness,
         expected_alive=video.config.temporal_init != "zeros",
         weights_now=fingerprint(own),
         weights_before=weights_before,
         text_difference=text_difference,
+        at_step_0=at_step_0,
     )
 
 
@@ -175,9 +192,21 @@ def check_reference(video: VideoModel, image: nn.Module) -> None:
     """Say how the reference is another model, before a library does in its own terms."""
     if isinstance(image, VideoModel):
         raise Img2VidError("The reference of a certificate is the image model, but a VideoModel was given.")
-    if not isinstance(video.base, type(image)) and not isinstance(image, type(video.base)):
+    if {id(p) for p in image.parameters()} & {id(p) for p in video.parameters()}:
         raise Img2VidError(
-            f"The reference is a {type(image).__name__}, but the model was made from a {type(video.base).__name__}."
+            "The reference shares its parameters with the video model: converting works in place, so it has time in it "
+            "by now. Build a second image model of the same name and load the original weights into it."
+        )
+    if not isinstance(video.base, own_class(image)) and not isinstance(image, own_class(video.base)):
+        raise Img2VidError(
+            f"The reference is a {own_class(image).__name__}, but the model was made from a "
+            f"{own_class(video.base).__name__}."
+        )
+    some, same = next(image.parameters()), next(video.parameters())
+    if (some.dtype, some.device) != (same.dtype, same.device):
+        raise Img2VidError(
+            f"The reference is in {some.dtype} on {some.device}, but the model in {same.dtype} on {same.device}. Bring "
+            f"them together: reference.to({str(same.device)!r}, {same.dtype})."
         )
     own = {key: tuple(t.shape) for key, t in video.state_dict().items() if video.origin(key) == "pretrained"}
     theirs = {key: tuple(t.shape) for key, t in image.state_dict().items()}
@@ -186,9 +215,9 @@ def check_reference(video: VideoModel, image: nn.Module) -> None:
         for key in sorted(own.keys() | theirs.keys())
         if own.get(key) != theirs.get(key)
     ]
-    sizes = describe(image).image_size, video.tower.image_size
-    if sizes[0] != sizes[1]:
-        differences.append(f"made for images of {sizes[0]} pixels, the model for {sizes[1]}")
+    tower = describe(image)
+    if tower.image_size != video.tower.image_size and not tower.any_size:
+        differences.append(f"made for images of {tower.image_size} pixels, the model for {video.tower.image_size}")
     if differences:
         raise Img2VidError(
             f"The reference is a {type(image).__name__} of another architecture or size than the one this model was "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from img2vid.errors import Img2VidError, nearest
@@ -25,6 +27,16 @@ CHOICES = {
     "time_embed": TimeEmbed,
     "time_embed_resample": Resample,
     "tubelet_init": TubeletInit,
+}
+
+DIVIDED_ONLY = ("temporal_layers", "temporal_init", "gate")  # settings without a meaning for other kinds of attention
+# The most that is taken for a number and not for a slip of the hand, which would end in a machine without memory.
+MOST = {
+    "num_frames": 65_536,
+    "tubelet_size": 65_536,
+    "encoder_layers": 128,
+    "num_classes": 1_000_000,
+    "image_size": 16_384,
 }
 
 
@@ -54,7 +66,8 @@ class VideoConfig:
         tubelet_init: ``central`` | ``average``.
         encoder_layers: depth of the temporal encoder of ``factorised_encoder``.
         num_classes: a zero-initialised linear classifier on the clip feature; None for features.
-        backbone_args: keyword arguments the backbone was built with beyond its name.
+        backbone_args: keyword arguments of the backbone's own factory (timm.create_model, open_clip.create_model), such
+            as ``{"drop_path_rate": 0.1}``.
     """
 
     backbone: str | None = None
@@ -76,10 +89,16 @@ class VideoConfig:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             one_of(name, getattr(self, name), get_args(choices))
-        for name in ("num_frames", "tubelet_size", "encoder_layers"):
-            at_least_one(name, getattr(self, name))
-        if self.num_classes is not None:
-            at_least_one("num_classes", self.num_classes)
+        for name in ("num_frames", "tubelet_size", "encoder_layers", "num_classes"):
+            value = getattr(self, name)
+            if name != "num_classes" or value is not None:
+                object.__setattr__(self, name, whole_number(name, value, most=MOST[name]))
+        if self.backbone is not None and not isinstance(self.backbone, str):
+            raise ConfigError(f"backbone={self.backbone!r}: expected a name, such as 'vit_base'.")
+        if not isinstance(self.backbone_args, Mapping) or not all(isinstance(key, str) for key in self.backbone_args):
+            raise ConfigError(
+                f"backbone_args={self.backbone_args!r}: expected arguments by name, such as {{'drop_path_rate': 0.1}}."
+            )
         if self.num_frames % self.tubelet_size:
             raise ConfigError(
                 f"num_frames={self.num_frames} cannot be cut into tubelets of {self.tubelet_size} frames. "
@@ -88,14 +107,7 @@ class VideoConfig:
             )
         if self.image_size is not None:
             object.__setattr__(self, "image_size", image_size_pair(self.image_size))
-        if not isinstance(self.temporal_layers, (str, tuple, list)):
-            raise ConfigError(f"temporal_layers={self.temporal_layers!r}: expected a text or a list of block numbers.")
-        if not isinstance(self.temporal_layers, str):
-            object.__setattr__(self, "temporal_layers", tuple(self.temporal_layers))
-        elif not re.fullmatch(r"all|(every|last):[1-9]\d*", self.temporal_layers):
-            raise ConfigError(
-                f"temporal_layers={self.temporal_layers!r}: expected 'all', 'every:K', 'last:N' or block numbers."
-            )
+        object.__setattr__(self, "temporal_layers", layer_rule(self.temporal_layers))
         if self.prefix_mode == "global" and self.attention != "divided_space_time":
             raise ConfigError(
                 f"prefix_mode='global' belongs to attention='divided_space_time', not to {self.attention!r}; "
@@ -108,7 +120,7 @@ class VideoConfig:
             )
 
         if self.attention != "divided_space_time":
-            for name in ("temporal_layers", "temporal_init", "gate"):
+            for name in DIVIDED_ONLY:
                 if getattr(self, name) != getattr(type(self), name):
                     raise ConfigError(
                         f"{name}={getattr(self, name)!r} is about divided_space_time and would be ignored "
@@ -133,12 +145,9 @@ class VideoConfig:
             rule, number = layers.split(":")
             if int(number) > depth:
                 raise ConfigError(f"temporal_layers={layers!r}, but the backbone has {depth} blocks.")
-            return (
-                list(range(depth))[int(number) - 1 :: int(number)]
-                if rule == "every"
-                else list(range(depth))[-int(number) :]
-            )
-        if not layers or not all(0 <= i < depth for i in layers):
+            blocks = list(range(depth))
+            return blocks[int(number) - 1 :: int(number)] if rule == "every" else blocks[-int(number) :]
+        if not all(0 <= i < depth for i in layers):
             raise ConfigError(f"temporal_layers={list(layers)}: expected block numbers from 0 to {depth - 1}.")
         return sorted(set(layers))
 
@@ -147,27 +156,57 @@ class VideoConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VideoConfig:
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{shown(values)}: expected settings by name, such as {{'num_frames': 8}}.")
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise ConfigError(f"Unknown setting {name!r}.{nearest(name, known)} Known: {', '.join(sorted(known))}.")
+                raise ConfigError(
+                    f"Unknown setting {shown(name)}.{nearest(str(name), known)} Known: {', '.join(sorted(known))}."
+                )
         return cls(**values)
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         hint = nearest(str(value), choices)
-        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(choices)}.{hint}")
+        raise ConfigError(f"{name}={shown(value)}: expected one of {', '.join(choices)}.{hint}")
 
 
-def at_least_one(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1.")
+def whole_number(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """``value`` as an int; numpy's integers are whole numbers too, True is not."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number of at least {least}.")
+    if most is not None and value > most:
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number of at most {most:,}.")
+    return int(value)
 
 
-def image_size_pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+def layer_rule(layers: object) -> str | tuple[int, ...]:
+    """``temporal_layers`` as it is kept: a rule in words, or block numbers."""
+    if isinstance(layers, str) and re.fullmatch(r"all|(every|last):[1-9]\d{0,5}", layers):
+        return layers
+    if isinstance(layers, (tuple, list)) and layers:
+        return tuple(whole_number("each of temporal_layers", number, least=0) for number in layers)
+    raise ConfigError(
+        f"temporal_layers={shown(layers)}: expected 'all', 'every:K', 'last:N' or a list of block numbers, such as "
+        "[0, 5, 11]."
+    )
+
+
+def image_size_pair(size: object, name: str = "image_size") -> tuple[int, int]:
     """Pixels as (height, width); one number means a square."""
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise ConfigError(f"image_size={size!r}: expected one whole number of pixels, or (height, width).")
-    return pair
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in pair):
+        raise ConfigError(f"{name}={shown(size)}: expected one whole number of pixels, or (height, width).")
+    height, width = (whole_number(name, n, most=MOST["image_size"]) for n in pair)
+    return height, width
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value as an error repeats it: what is much too long is cut."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print numbers of thousands of digits
+        text = f"{type(value).__name__} of very many digits"
+    return text if len(text) <= most else f"{text[: most - 30]}...{text[-20:]}"

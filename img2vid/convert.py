@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import inspect
+import re
 import sys
-import time
 import types
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from img2vid.config import CHOICES, ConfigError, VideoConfig, image_size_pair
-from img2vid.errors import Img2VidError, nearest
+from img2vid.command import Progress, run_command
+from img2vid.config import ConfigError, VideoConfig, shown
+from img2vid.errors import nearest
+from img2vid.options import (
+    DTYPES,
+    add_certificate_options,
+    add_settings,
+    check_options,
+    option_groups,
+    read_options_file,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,11 +31,10 @@ if TYPE_CHECKING:
     from img2vid.backbones import Backbone
     from img2vid.model import VideoModel, VideoTextModel
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def convert(
     backbone: str | nn.Module,
+    config: VideoConfig | None = None,
     *,
     weights: str | Path | None = None,
     random_weights: bool = False,
@@ -37,10 +46,12 @@ def convert(
     Args:
         backbone: an alias (``vit_base``), ``timm:NAME[.TAG]``, ``open_clip:ARCH[/TAG]``, ``nano_clip``, or a timm or
             open_clip module, which is changed in place.
+        config: settings all at once, such as another model's ``model.config``; those given by name override it.
         weights: local weights file instead of the library's pretrained weights.
         random_weights: build the architecture without loading any weights.
         dtype: ``float32`` | ``bfloat16`` | ``float16``; None keeps the backbone's.
         settings: fields of ``VideoConfig``, such as ``num_frames=8``, ``prefix_mode="shared"`` or ``num_classes=400``.
+            All of them:
 
     Returns:
         A ``VideoTextModel`` where the backbone has a text tower and no ``num_classes`` is given, else a ``VideoModel``;
@@ -51,8 +62,39 @@ def convert(
     """
     from img2vid.model import build_model
 
+    settings = merge(backbone, config, settings)
     loaded = load(backbone, weights=weights, random_weights=random_weights, dtype=dtype, settings=settings)
+    for note in loaded.report.notes:  # a choice was made in reading the file
+        warnings.warn(note, stacklevel=2)
     return build_model(loaded, make_config(loaded, settings)).eval()
+
+
+def merge(backbone: object, config: VideoConfig | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``config`` under those given by name. The backbone is the one given, whatever config's was.
+
+    Raises:
+        ConfigError: ``config`` is something else, or holds arguments of another backbone's factory.
+    """
+    if isinstance(backbone, VideoConfig):
+        raise ConfigError("A VideoConfig was given as the backbone. Write img2vid.convert(config.backbone, config).")
+    if config is None:
+        return settings
+    if not isinstance(config, VideoConfig):
+        raise ConfigError(
+            f"config={shown(config)} is of type {type(config).__name__}, expected a VideoConfig. Settings of a "
+            "dict are given by name: img2vid.convert(backbone, **settings)."
+        )
+    own = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
+    made_for = own.pop("backbone")
+    if own["backbone_args"] and "backbone_args" not in settings and made_for is not None:
+        from img2vid.backbones.names import parse_name
+
+        if not isinstance(backbone, str) or str(parse_name(backbone)) != str(parse_name(made_for)):
+            raise ConfigError(
+                f"config holds backbone_args={shown(own['backbone_args'])}, which are for {made_for}. Beside another "
+                "backbone give backbone_args too; {} for none."
+            )
+    return {**own, **settings}
 
 
 def load(
@@ -70,9 +112,8 @@ def load(
 
     dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    VideoConfig.from_dict(settings)  # say what is wrong with the settings before loading anything
-    image_size = None if settings.get("image_size") is None else image_size_pair(settings["image_size"])
+        raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.{nearest(str(dtype), DTYPES)}")
+    image_size = VideoConfig.from_dict(settings).image_size  # says what is wrong with any before loading anything
     if isinstance(backbone, str):
         loaded = load_backbone(
             backbone,
@@ -97,104 +138,72 @@ def make_config(loaded: Backbone, settings: dict[str, Any]) -> VideoConfig:
     return VideoConfig.from_dict({**settings, "backbone": loaded.name, "backbone_args": loaded.arguments})
 
 
+def document_settings() -> None:
+    """Let ``help(img2vid.convert)`` and editors show the settings, which are VideoConfig's to describe."""
+    own = inspect.signature(convert)
+    parameters = [p for p in own.parameters.values() if p.name != "settings"]
+    fields = [spec for spec in dataclasses.fields(VideoConfig) if spec.name != "backbone"]
+    for spec in fields:
+        default = {} if spec.default is dataclasses.MISSING else spec.default
+        parameters.append(
+            inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=spec.type)
+        )
+    convert.__signature__ = own.replace(parameters=parameters)
+    if convert.__doc__:  # not under python -OO
+        described = re.search(r"( +num_frames: .*?)\n +\"*\Z", VideoConfig.__doc__ + '"', flags=re.DOTALL)
+        listed = "".join(f"        {line}\n" for line in described[1].splitlines())
+        convert.__doc__ = convert.__doc__.replace("All of them:\n", f"All of them:\n\n{listed}")
+
+
+document_settings()
+
+
 # ---- the command line
 
+NAMES = ("backbone", "weights", "random_weights", "dtype", "out", "certify_frames", "certify_size")
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    from docstring_parser import parse
 
-    parser.add_argument("--backbone", metavar="NAME", help="alias, timm:NAME[.TAG], open_clip:ARCH[/TAG] or nano_clip")
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="img2vid convert",
+        usage="%(prog)s --backbone NAME [options]",
+        description=(convert.__doc__ or "").split("\n")[0],
+        epilog="example: img2vid convert --backbone nano_clip --num-frames 4 --out runs/digits",
+        allow_abbrev=False,  # --num-frame would mean another option the day one is added
+    )
     parser.add_argument("--list", action="store_true", help="show the aliases and exit")
-    parser.add_argument("--weights", metavar="FILE", help="local .safetensors or .pth file for the backbone")
-    parser.add_argument("--random-weights", action="store_true", help="build the architecture without loading weights")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the converted weights (default: the backbone's)")
-    parser.add_argument("--out", metavar="FOLDER", help="where to write the model (default: runs/convert/NAME)")
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these options; options win")
-    described = {param.arg_name: param.description for param in parse(VideoConfig.__doc__).params}
-    for spec in dataclasses.fields(VideoConfig):
-        if spec.name in ("backbone",):
-            continue
-        choices = get_args(CHOICES[spec.name]) if spec.name in CHOICES else None
-        parser.add_argument(
-            "--" + spec.name.replace("_", "-"),
-            type=None if choices else PARSERS.get(spec.name, int),
-            choices=choices,
-            default=argparse.SUPPRESS,
-            help=f"{described[spec.name].replace('``', '').replace('%', '%%')} (default: {default_text(spec)})",
-        )
-
-
-def default_text(spec: dataclasses.Field) -> str:
-    return "none" if spec.default in (None, dataclasses.MISSING) else str(spec.default)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``224`` or ``224x320`` (height x width)."""
-    parts = text.lower().replace(",", "x").split("x")
-    if not all(part.strip().isdigit() for part in parts) or len(parts) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected 224, or 224x320 (height x width)")
-    numbers = [int(part) for part in parts]
-    return (numbers[0], numbers[-1])
-
-
-def parse_layers(text: str) -> str | tuple[int, ...]:
-    """``all``, ``every:2``, ``last:4``, or block numbers ``0,5,11``."""
-    parts = text.split(",")
-    return tuple(int(part) for part in parts) if all(part.strip().isdigit() for part in parts) else text
-
-
-def parse_json(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"drop_path_rate\": 0.1}}'")
-    return value
-
-
-PARSERS = {"image_size": parse_size, "temporal_layers": parse_layers, "backbone_args": parse_json}
-OPTIONS = ("backbone", "weights", "random_weights", "dtype", "out")
-
-
-def read_options_file(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: expected options by name, such as 'backbone: vit_base'.")
-    known = {*OPTIONS, *(f.name for f in dataclasses.fields(VideoConfig))}
-    if not isinstance(values.get("random_weights", False), bool):
-        raise ConfigError(f"--config {path}: random_weights={values['random_weights']!r}: expected true or false.")
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"--config {path}: unknown option {name!r}.{nearest(str(name), known)}")
-    return values
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML or JSON file of these options, or a model's config.json; options win",
+    )
+    groups = option_groups(parser)
+    backbone, output = groups["backbone"], groups["output"]
+    backbone.add_argument("--backbone", metavar="NAME", help="alias, timm:NAME[.TAG], open_clip:ARCH[/TAG], nano_clip")
+    backbone.add_argument("--weights", metavar="FILE", help="local .safetensors or .pth file for the backbone")
+    backbone.add_argument("--random-weights", action="store_true", help="build the architecture, load no weights")
+    backbone.add_argument("--dtype", choices=DTYPES, help="of the converted weights (default: the backbone's)")
+    add_settings(groups)
+    output.add_argument("--out", metavar="FOLDER", help="where to write the model (default: runs/convert/NAME)")
+    add_certificate_options(output)
+    return parser
 
 
 def run(options: dict[str, Any]) -> int:
     """Load, convert, certify, save; says what it does as it goes. Returns the exit code."""
-    from rich.console import Console
-
-    console = Console()
+    check_options(options)
     backbone = options.pop("backbone", None)
     if backbone is None:
         raise ConfigError(
             "No backbone was given. Start with --backbone nano_clip, which needs no network; --list shows the others."
         )
-    out = Path(options.pop("out", None) or Path("runs/convert") / backbone.replace(":", "_").replace("/", "_"))
+    given_out = options.pop("out", None)
+    out = Path("runs/convert", folder_name(backbone)) if given_out is None else Path(given_out)
     how = {name: options.pop(name, None) for name in ("weights", "random_weights", "dtype")}
-    started = time.perf_counter()
-
-    def say(text: str) -> None:
-        console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True)
-
-    with console.status(f"Loading {backbone}"):
+    tried = {"num_frames": options.pop("certify_frames", None), "image_size": options.pop("certify_size", None)}
+    progress = Progress()
+    with progress.stage(f"Loading {backbone}"):
+        from img2vid.backbones.names import parse_name
         from img2vid.backbones.tower import structural_copy
         from img2vid.certificate import certify
         from img2vid.checkpoints.native import check_replaceable, save
@@ -202,6 +211,7 @@ def run(options: dict[str, Any]) -> int:
         from img2vid.model import build_model
         from img2vid.reporting import certificate_table, parameter_table
 
+        parse_name(backbone)  # a wrong name is told before a wrong folder, which may be made from it
         check_replaceable(out)
         loaded = load(
             backbone,
@@ -210,49 +220,50 @@ def run(options: dict[str, Any]) -> int:
             dtype=how["dtype"],
             settings=options,
         )
-    say(f"Loaded {loaded.name}, weights: {loaded.pretrained or 'random'}.")
-    if loaded.dropped:
-        say(f"Dropped on purpose from the file: {', '.join(loaded.dropped)}.")
+    progress.say(f"Loaded {loaded.name}, weights: {loaded.pretrained or 'random'}.")
+    for difference in loaded.report.differences:
+        progress.say(difference)
     # the reference is the library's own modules around the same weights, so their values are noted separately
     config = make_config(loaded, options)
     reference = structural_copy(loaded.model if config.num_classes is None else loaded.tower.module)
     weights_before = fingerprint(image_weights(reference, reference, config))
-    with console.status("Inserting time"):
+    with progress.stage("Inserting time"):
         model = build_model(loaded, config).eval()
-    say(f"Converted: {config.attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
-    console.print(parameter_table(model))
-    with console.status("Certifying: running both models on single, static, moving and shuffled clips"):
-        certificate = certify(model, reference, weights_before=weights_before)
-    console.print(certificate_table(certificate))
-    with console.status(f"Writing {out}"):
+    progress.say(f"Converted: {config.attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
+    progress.console.print(parameter_table(model))
+    with progress.stage("Certifying: running both models on single, static, moving and shuffled clips"):
+        certificate = certify(model, reference, weights_before=weights_before, at_step_0=True, **tried)
+    progress.console.print(certificate_table(certificate))
+    with progress.stage(f"Writing {out}"):
         save(model, out, certificate)
     if not certificate.ok:
-        say(f"The certificate FAILED: do not trust this model. It was written to {out} to be looked at.")
+        progress.say(f"The certificate FAILED: do not trust this model. It was written to {out} to be looked at.")
         return 1
-    say(f"Wrote {out}. Load it with img2vid.load({str(out)!r}).")
+    progress.say(f"Wrote {out}. Load it with img2vid.load({str(out)!r}).")
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    description = (convert.__doc__ or "").split("\n")[0]
-    # no abbreviations: --num-frame would mean another option the day one is added
-    parser = argparse.ArgumentParser(prog="img2vid convert", description=description, allow_abbrev=False)
-    add_options(parser)
-    given = vars(parser.parse_args(argv))
-    show_list, config_file = given.pop("list"), given.pop("config")
-    try:
-        if show_list:
-            from img2vid.reporting import print_aliases
+def folder_name(backbone: str) -> str:
+    """A backbone's name as the name of a folder: the end of it, where it is a path of any length."""
+    return re.sub(r"[:/\\\0]", "_", backbone)[-100:]
 
-            print_aliases()
-            return 0
-        from_file = read_options_file(config_file) if config_file else {}
-        # by identity: 0 equals False, and must reach the check that refuses it
-        options = {name: value for name, value in given.items() if value is not None and value is not False}
-        return run({**from_file, **options})
-    except (Img2VidError, OSError) as error:  # files that cannot be read or written are the user's to mend too
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(lambda: convert_command(argv))
+
+
+def convert_command(argv: Sequence[str] | None) -> int:
+    given = vars(make_parser().parse_args(argv))
+    show_list, config_file = given.pop("list"), given.pop("config")
+    if show_list:
+        from img2vid.reporting import print_aliases
+
+        print_aliases()
+        return 0
+    from_file = {} if config_file is None else read_options_file(config_file, NAMES)
+    # by identity: 0 equals False, and must reach the check that refuses it
+    options = {name: value for name, value in given.items() if value is not None and value is not False}
+    return run({**from_file, **options})
 
 
 class CallableModule(types.ModuleType):
@@ -263,6 +274,7 @@ class CallableModule(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = CallableModule
+__signature__ = inspect.signature(convert)  # editors ask the module too
 
 if __name__ == "__main__":
     sys.exit(main())

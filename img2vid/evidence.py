@@ -135,7 +135,7 @@ def compare_text(model: nn.Module, reference: nn.Module, generator: torch.Genera
     length = model.context_length if isinstance(getattr(model, "context_length", None), int) else 16
     vocabulary = model.vocab_size if isinstance(getattr(model, "vocab_size", None), int) else 100
     tokens = torch.randint(1, vocabulary, (2, length), generator=generator).to(next(model.parameters()).device)
-    return largest(model.encode_text(tokens) - reference.encode_text(tokens, normalize=False))
+    return largest(model.encode_text(tokens, normalize=False) - reference.encode_text(tokens, normalize=False))
 
 
 def image_weights(model: nn.Module, reference: nn.Module, config: VideoConfig) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from img2vid.backbones.from_timm import image_class
 from img2vid.backbones.reading import block_kind, child, read_block
 from img2vid.backbones.tower import ImageTower
 from img2vid.checkpoints.native import read_description
-from img2vid.config import ConfigError, VideoConfig
+from img2vid.config import DIVIDED_ONLY, ConfigError, VideoConfig, shown
 from img2vid.errors import WeightsError
 from img2vid.guarantees import Guarantee
 from img2vid.model import VideoModel, VideoTextModel, build_model, first
@@ -41,6 +42,7 @@ class Inspection:
     feature_dim: int
     left_behind: tuple[str, ...]
     parameters: dict[str, int]
+    mode: str  # the one of ``guarantees`` that is in force
     num_frames: int
     flops_per_clip: int
     flops_image_model: int
@@ -59,15 +61,18 @@ def inspect(source: str | Path, **settings: Any) -> Inspection:
     """Look inside a backbone (by name) or a saved model (by folder). Nothing is downloaded and no weights are read.
 
     Args:
-        settings: fields of ``VideoConfig`` to inspect a backbone with, such as ``num_frames=16``.
+        settings: fields of ``VideoConfig`` to inspect a backbone with, such as ``num_frames=16``; for a folder, what
+            would be with these settings instead of its own.
 
     Raises:
         Img2VidError: neither a folder of ours nor a supported backbone.
     """
-    if "/" in str(source) and ":" not in str(source) and not Path(source).exists():
+    if not isinstance(source, (str, os.PathLike)):
+        raise WeightsError(f"{shown(source)} is of type {type(source).__name__}; expected a folder or a name.")
+    if "/" in str(source) and ":" not in str(source) and not os.path.exists(source):
         raise WeightsError(f"There is no folder {source}. Give a model folder, or a backbone's name without slashes.")
-    if Path(source).is_dir():
-        config = VideoConfig.from_dict(read_description(Path(source))["video"])
+    if os.path.isdir(source):
+        config = VideoConfig.from_dict({**read_description(Path(source))["video"], **settings})
         if config.backbone is None:
             raise WeightsError(f"{source} was made from a module passed in by hand; there is no name to look up.")
     else:
@@ -107,10 +112,11 @@ def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> 
         feature_dim=feature_dim,
         left_behind=spatial.left_behind + (("rotary position code",) if "rotary" in tower.position else ()),
         parameters=parameters,
+        mode=f"{config.attention} / {config.prefix_mode}",
         num_frames=config.num_frames,
         flops_per_clip=flops,
         flops_image_model=image_flops,
-        guarantees={f"{attention} / {prefix}": promise(tower, attention, prefix) for attention, prefix in GUARANTEED},
+        guarantees={f"{mode} / {prefix}": promise(tower, config, mode, prefix) for mode, prefix in GUARANTEED},
     )
 
 
@@ -125,9 +131,13 @@ GUARANTEED = (
 )
 
 
-def promise(tower: ImageTower, attention: str, prefix_mode: str) -> str:
-    """What a way of inserting time would guarantee on this backbone, or that it is refused there."""
-    config = VideoConfig(attention=attention, prefix_mode=prefix_mode)
+def promise(tower: ImageTower, config: VideoConfig, attention: str, prefix_mode: str) -> str:
+    """What a way of inserting time would guarantee here beside the other settings, or that it is refused."""
+    if attention != "divided_space_time":  # what belongs to divided attention alone is left out elsewhere
+        config = replace(config, **{name: getattr(VideoConfig, name) for name in DIVIDED_ONLY}, prefix_mode="per_frame")
+    elif config.attention != attention:
+        config = replace(config, prefix_mode="per_frame")
+    config = replace(config, attention=attention, prefix_mode=prefix_mode)
     try:
         refuse_impossible(tower, config)
     except ConfigError as error:

@@ -26,11 +26,12 @@ class Acts:
     perturbed: float | None  # open against closed; None where there is no gate to open
     closed: float | None  # closed again against closed
     exchange: float  # gates opened by noise: how far a frame's feature moves when only the other frames change
+    leak: float  # and how far a clip's features move when only the other clips of the batch change
 
 
 @torch.no_grad()
 def three_acts(video: VideoModel, generator: torch.Generator, as_trained: bool, size: Size = None) -> Acts:
-    """Closed = base; open must differ, and frames must know of each other; closed again = base.
+    """Closed = base; open must differ, and frames must know of each other but not of other clips; closed again = base.
 
     Args:
         as_trained: in act two the gates stand where training left them, instead of being opened by seeded noise.
@@ -50,12 +51,13 @@ def three_acts(video: VideoModel, generator: torch.Generator, as_trained: bool, 
             parameter.copy_(noise.to(parameter.device, parameter.dtype))
         opened = output(clips)
         exchange = largest(opened[:, 0] - output(swap_others(clips, video.config.tubelet_size))[:, 0])
+        leak = largest(opened[0] - output(torch.cat([clips[:1], -clips[1:]]))[0])
     if not gates:
-        return Acts(None, None, exchange)
+        return Acts(None, None, exchange, leak)
     if as_trained:
         opened = output(clips)
     with video.gates_closed():
-        return Acts(largest(opened - base), largest(output(clips) - base), exchange)
+        return Acts(largest(opened - base), largest(output(clips) - base), exchange, leak)
 
 
 def swap_others(x: Tensor, num_own: int = 1) -> Tensor:

@@ -8,29 +8,33 @@ LayerScale, pooling of any kind, ...) keeps working. What is new sits inside its
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from img2vid.backbones import describe
+from img2vid.backbones.any_size import take_any_size
 from img2vid.backbones.dropping import drop_once_per_clip
-from img2vid.backbones.tower import Backbone, ImageTower, output_dim
+from img2vid.backbones.tower import Backbone, ImageTower, classes_of, output_dim
 from img2vid.checkpoints.saving import Saving
-from img2vid.config import VideoConfig
-from img2vid.errors import BackboneError, Img2VidError
+from img2vid.clips import check_clips, check_images, check_pixels
+from img2vid.config import ConfigError, VideoConfig
+from img2vid.errors import BackboneError
 from img2vid.overlay import Overlay
+from img2vid.reloading import load_image_weights
 from img2vid.surgery import insert_time, num_shared_tokens
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import resample_time_embed
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.gates import zero_linear
-from img2vid.temporal.infront import InFront, put_in_front, take_from_front
-from img2vid.weights import LoadReport, load_weights
+from img2vid.temporal.infront import put_in_front, take_from_front
+from img2vid.weights import LoadReport
 
 # keys that a video model has beyond its image model, all below the image tower
 COPIED_KEYS = r"(.*\.)?temporal_(norm1|attn)\..*"
@@ -42,6 +46,9 @@ ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|ti
 class VideoModel(Overlay, Saving):
     """An image tower that takes clips.
 
+    It is laid over the image model (``img2vid.overlay``): ``self.base`` is that model, and both have the same
+    parameters under the same names.
+
     Args:
         image_model: a timm model, or the ``visual`` tower of an open_clip model. It is changed in place and shares its
             parameters, under their own names, with the video model laid over it.
@@ -52,14 +59,28 @@ class VideoModel(Overlay, Saving):
         ConfigError: it cannot do what ``config`` asks for.
     """
 
+    config: VideoConfig
+    tower: ImageTower
+    clip: ClipContext  # knows T while clips are in flight
+    image_weights: str
+
     def __init__(self, image_model: nn.Module, config: VideoConfig) -> None:
-        super().__init__(image_model)
-        self.config = config
-        self.tower: ImageTower = describe(image_model)
-        self.clip = ClipContext()
-        if any(isinstance(block, InFront) for _, block in self.tower.blocks):
+        super().__init__(
+            image_model,
+            config=config,
+            tower=describe(image_model),
+            clip=ClipContext(),
+            image_weights="a module that was given",  # where they come from, for people to read
+        )
+        if getattr(image_model, "is_laid_under_video", False):
             raise BackboneError(
                 f"This {type(image_model).__name__} already is part of a video model. Convert a freshly built one."
+            )
+        if config.num_classes is not None and (num_classes := classes_of(image_model)):
+            raise ConfigError(
+                f"num_classes={config.num_classes} puts a classifier on the features of this "
+                f"{type(image_model).__name__}, but its own classifier turns them into {num_classes} logits. Take that "
+                "off first: image_model.reset_classifier(0); or leave num_classes out to keep it."
             )
         some_weight = next(image_model.parameters())
         on_device = {"device": some_weight.device, "dtype": some_weight.dtype}
@@ -85,6 +106,8 @@ class VideoModel(Overlay, Saving):
             module.grad_checkpointing = False
         if checkpointing:
             self.set_grad_checkpointing()
+        take_any_size(self.tower)
+        image_model.is_laid_under_video = True
 
     # ---- forward, from clips to features
 
@@ -146,44 +169,16 @@ class VideoModel(Overlay, Saving):
 
     def check(self, clips: Tensor) -> None:
         """Say what is wrong with a clip before a library does in its own terms."""
-        if not isinstance(clips, Tensor):
-            raise ClipError(f"Clips must be a torch.Tensor (B, T, C, H, W), not a {type(clips).__name__}.")
-        if clips.ndim != 5:
-            raise ClipError(
-                f"Clips of shape {tuple(clips.shape)} were given, expected (B, T, C, H, W)."
-                + (" Add the batch: clip[None]." if clips.ndim == 4 else "")
-            )
-        if not clips.is_floating_point():
-            raise ClipError(f"Clips of dtype {clips.dtype} were given; normalise pixels first: model.normalize(clips).")
-        num_clips, num_frames, channels, *size = clips.shape
-        expected = self.tower.in_channels
-        if channels != expected and num_frames == expected:
-            raise ClipError(f"Clips of shape {tuple(clips.shape)} look like (B, C, T, H, W); expected (B, T, C, H, W).")
-        if channels != expected:
-            raise ClipError(
-                f"Frames with {channels} channels were given, expected {expected}: (B, T, {expected}, H, W)."
-            )
-        if num_clips == 0 or num_frames == 0:
-            raise ClipError(f"Clips of shape {tuple(clips.shape)} hold no frames; a clip has at least one (T >= 1).")
-        if num_frames % self.config.tubelet_size:
-            raise ClipError(
-                f"{num_frames} frames cannot be cut into tubelets of {self.config.tubelet_size}; give a multiple."
-            )
-        native, patch = self.tower.image_size, self.tower.patch_size
-        if not self.tower.any_size and tuple(size) != native:
-            raise ClipError(
-                f"Frames of {size[0]} x {size[1]} pixels were given, but this backbone's positions are fixed to "
-                f"{native[0]} x {native[1]}. Resize the clip, or convert with image_size=({size[0]}, {size[1]})."
-            )
-        if tuple(size) != native and (size[0] % patch[0] or size[1] % patch[1]):
-            raise ClipError(
-                f"Frames of {size[0]} x {size[1]} pixels cannot be cut into patches of {patch[0]} x {patch[1]}; "
-                f"use multiples, such as {native[0]} x {native[1]}."
-            )
+        conv = self.tower.patch_conv
+        check_clips(clips, self.tower, self.config, next(self.base.parameters()) if conv is None else conv.weight)
 
     def normalize(self, clips: Tensor) -> Tensor:
-        """Pixels 0..255 (..., 3, H, W), as read from a video, to what the backbone was trained on."""
-        shape = (3, 1, 1)
+        """Pixels (..., C, H, W) from 0 to 255, as read from a video, to what the backbone was trained on (float32).
+
+        Floats are on the same scale as bytes: 0..1 must be multiplied by 255 first.
+        """
+        check_pixels(clips, self.tower.in_channels)
+        shape = (-1, 1, 1)  # (C, 1, 1)
         mean = torch.tensor(self.tower.preprocess.mean, device=clips.device).view(shape)
         std = torch.tensor(self.tower.preprocess.std, device=clips.device).view(shape)
         return (clips.float() / 255.0 - mean) / std
@@ -220,9 +215,32 @@ class VideoModel(Overlay, Saving):
                 for parameter, value in zip(parameters, values, strict=True):
                     parameter.copy_(value)
 
-    def load_image_weights(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load an image checkpoint: its keys fit as they are, and exactly the keys about time may be missing."""
-        return load_weights(self, state, allow_new=[NEW_KEYS, COPIED_KEYS], source="the image checkpoint")
+    def load_image_weights(self, state: Mapping[str, Tensor], refresh_copies: bool = True) -> LoadReport:
+        """Load an image checkpoint: its keys fit as they are, and exactly the keys about time may be missing.
+
+        Args:
+            refresh_copies: where temporal attention began as a copy of attention over space, copy it again from the new
+                weights. False keeps it as it is, trained or a copy of the old ones.
+
+        Raises:
+            WeightsError: keys that do not fit; or copies to be refreshed that training has put to use.
+        """
+        return load_image_weights(self, self, state, refresh_copies, time_keys=[NEW_KEYS, COPIED_KEYS])
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze the image tower as open_clip does, all but its last groups; what is about time stays trainable."""
+        about_time = {p: p.requires_grad for name, p in self.named_parameters() if self.origin(name) != "pretrained"}
+        self.base.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
+        for parameter, flag in about_time.items():
+            parameter.requires_grad_(flag)
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        return any(isinstance(block, CheckpointedBlock) for _, block in self.tower.blocks)
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, enable: bool) -> None:
+        self.set_grad_checkpointing(enable)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input during training and run the block, temporal branch included, twice."""
@@ -238,39 +256,48 @@ class VideoModel(Overlay, Saving):
 class VideoTextModel(Overlay, Saving):
     """A two-tower image-text model whose image tower takes clips; the text tower is untouched.
 
+    Whatever the wrapped class does with images it does with clips, in its own conventions: what ``forward`` returns
+    (``output_dict``), whether features are normalised, ``lock_image_tower``, ``set_grad_checkpointing``, ``generate``.
+
     Args:
         image_text_model: an open_clip CLIP, CustomTextCLIP or CoCa; changed in place.
         config: what to insert in the image tower.
     """
 
+    config: VideoConfig
+
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
-        super().__init__(image_text_model)
-        self.config = config
+        super().__init__(image_text_model, config=config)
         image_text_model.visual = VideoModel(image_text_model.visual, config)
 
-    def encode_video(self, clips: Tensor, normalize: bool = False) -> Tensor:
-        """Clips (B, T, C, H, W) -> features (B, D) in the space of the text features."""
+    def encode_video(self, clips: Tensor, normalize: bool | None = None) -> Tensor:
+        """Clips (B, T, C, H, W) -> features (B, D) in the space of the text features.
+
+        Args:
+            normalize: to length 1; None does what the wrapped class does by default (CLIP: no, CoCa: yes).
+        """
+        if normalize is None:
+            normalize = inspect.signature(self.base.encode_image).parameters["normalize"].default
         features = first(self.visual(clips))
         return nn.functional.normalize(features, dim=-1) if normalize else features
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """Images (B, C, H, W) -> features (B, D); an image is a clip of one frame."""
-        return self.encode_video(images.unsqueeze(1), normalize)
+    def encode_image(self, images: Tensor, normalize: bool | None = None) -> Tensor:
+        """Images (B, C, H, W) -> features (B, D); an image is a clip of one frame, or of one tubelet of equal ones."""
+        check_images(images)
+        return self.encode_video(images.unsqueeze(1).expand(-1, self.config.tubelet_size, -1, -1, -1), normalize)
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Token ids (B, L) -> features (B, D), by the untouched text tower."""
-        return self.base.encode_text(text, normalize=normalize)
+    def encode_text(self, text: Tensor, normalize: bool | None = None) -> Tensor:
+        """Token ids (B, L) -> features (B, D), by the untouched text tower; ``normalize`` as in ``encode_video``."""
+        return self.base.encode_text(text) if normalize is None else self.base.encode_text(text, normalize=normalize)
 
-    def forward(self, clips: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
-        """Normalised features of both, and the learned temperature: what a contrastive loss needs."""
-        out: dict[str, Tensor] = {"logit_scale": self.logit_scale.exp()}
-        if getattr(self, "logit_bias", None) is not None:
-            out["logit_bias"] = self.logit_bias
-        if clips is not None:
-            out["video_features"] = self.encode_video(clips, normalize=True)
-        if text is not None:
-            out["text_features"] = self.encode_text(text, normalize=True)
-        return out
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Clips (B, T, C, H, W) and token ids (B, L) -> what the wrapped class makes of images and texts.
+
+        CLIP: (features, text features, scale), normalised, or a dict of them where ``output_dict`` is set: what
+        open_clip's losses take. CoCa: a dict that also holds the caption ``logits`` and ``labels``; its decoder sees
+        the mean over frames of the image tokens, as many as for an image, whatever T is.
+        """
+        return self.base(*args, **kwargs)
 
     def tokenize(self, texts: str | list[str]) -> Tensor:
         """Texts to token ids (B, L), with the tokenizer the text tower was trained with."""
@@ -284,33 +311,30 @@ class VideoTextModel(Overlay, Saving):
     def origin(self, name: str) -> str:
         return self.visual.origin(name)
 
-    def load_image_weights(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load an image-text checkpoint; exactly the keys about time may be missing."""
-        return load_weights(self, state, allow_new=[NEW_KEYS, COPIED_KEYS], source="the image-text checkpoint")
+    def load_image_weights(self, state: Mapping[str, Tensor], refresh_copies: bool = True) -> LoadReport:
+        """Load an image-text checkpoint, both towers; as ``VideoModel.load_image_weights``."""
+        return load_image_weights(self, self.visual, state, refresh_copies, time_keys=[NEW_KEYS, COPIED_KEYS])
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.visual.set_grad_checkpointing(enable)
-        text = getattr(self.base, "text", None)
-        if text is not None:
-            text.set_grad_checkpointing(enable)
-        else:
-            self.base.transformer.grad_checkpointing = enable
+    def zero_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"visual.{name}": parameter for name, parameter in self.visual.zero_parameters().items()}
+
+    def gates_closed(self) -> AbstractContextManager[None]:
+        return self.visual.gates_closed()
 
 
 def build_model(backbone: Backbone, config: VideoConfig) -> VideoModel | VideoTextModel:
     """The video model of a loaded backbone, in place: with text if it has a text tower and no classifier is wanted."""
-    if backbone.has_text and config.num_classes is None:
-        return VideoTextModel(backbone.model, config)
-    return VideoModel(backbone.tower.module, config)
-
-
-class ClipError(Img2VidError):
-    """A clip of a shape or type the model cannot take."""
+    with_text = backbone.has_text and config.num_classes is None
+    model = VideoTextModel(backbone.model, config) if with_text else VideoModel(backbone.tower.module, config)
+    (model.visual if isinstance(model, VideoTextModel) else model).image_weights = backbone.pretrained or "random"
+    return model
 
 
 def first(features: Any) -> Tensor:
+    """The feature itself: most towers return it alone, some in front of others (CoCa: pooled, tokens)."""
     return features[0] if isinstance(features, tuple) else features
 
 
 def over(fn: Callable[[Tensor], Tensor], features: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """``fn`` of every tensor a tower returns, so that a tuple stays a tuple."""
     return tuple(map(fn, features)) if isinstance(features, tuple) else fn(features)

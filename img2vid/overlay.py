@@ -14,11 +14,17 @@ class Overlay(nn.Module):
     take the prefix away again leave ``named_parameters`` disagreeing with ``state_dict``. So an overlay shares the
     base's own registries of parameters, buffers and children: image checkpoints fit, optimisers, EMA and FSDP see the
     names that files have, and what is added to the overlay is added to the tree it shares. Attributes that the overlay
-    lacks are looked up on the base.
+    lacks are read from the base, and set on it where the base has them: ``model.output_dict = True`` reaches the code
+    that asks for it.
+
+    Args:
+        base: the module to lay this one over; ``self.base``, which is no child of it.
+        own: attributes that belong to the overlay, whatever the base calls its own.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, **own: Any) -> None:
         super().__init__()
+        self.__dict__.update(own)
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = base.__dict__[registry]
         self.__dict__["base"] = base  # past nn.Module.__setattr__, which would register it as a child
@@ -27,6 +33,14 @@ class Overlay(nn.Module):
     def train(self, mode: bool = True) -> Overlay:
         self.base.training = mode
         return super().train(mode)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("base")
+        is_own = base is None or name in self.__dict__ or hasattr(type(self), name)
+        if is_own or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

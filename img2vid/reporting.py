@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from img2vid.evidence import Comparison
     from img2vid.inspection import Inspection
     from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.tuning import LayerGroup
 
 ORIGINS = {
     "pretrained": "under their own names",
@@ -43,7 +44,7 @@ def verdict(good: bool | None) -> Text:
 def certificate_table(certificate: Certificate) -> Group:
     """The certificate as people read it."""
     title = f"Certificate: {certificate.backbone or 'given module'}, {certificate.attention}, {certificate.prefix_mode}"
-    table = Table(title=title, title_justify="left", title_style="bold", expand=False)
+    table = Table(title=Text(title), title_justify="left", title_style="bold", expand=False)
     for header in ("clip", "T", "claim", "max |difference|\nclip feature", "any frame", "any layer", ""):
         table.add_column(header, justify="right" if header in ("T", "any frame", "any layer") else "left")
     for row in certificate.comparisons:
@@ -54,7 +55,8 @@ def certificate_table(certificate: Certificate) -> Group:
     if certificate.text_difference is not None:
         findings.add_row("Text tower", f"max |difference| {certificate.text_difference:.3g}")
     if certificate.perturbed_difference is not None:
-        act_two = "as trained" if certificate.gates_moved > 0.0 else "what starts at zero pushed off it"
+        has_moved = "not at zero although just converted" if certificate.at_step_0 else "as trained"
+        act_two = "what starts at zero pushed off it" if certificate.gates_moved == 0.0 else has_moved
         findings.add_row(
             "Three acts",
             f"closed = base; {act_two}: output moves by {certificate.perturbed_difference:.3g}; "
@@ -94,6 +96,8 @@ def weights_text(certificate: Certificate) -> str:
 
 def exchange_text(certificate: Certificate) -> str:
     moved = f"a frame's feature moves by {certificate.exchange:.3g} when only the other frames change"
+    if not certificate.separate:
+        return f"{moved}, but by {certificate.leak:.3g} too when only other clips of the batch change"
     if certificate.attention == "space_only":
         return f"kept apart: {moved}"
     coupled = [layer.coupling for layer in certificate.liveness if layer.coupling is not None]
@@ -135,6 +139,53 @@ def parameter_table(model: VideoModel | VideoTextModel) -> Table:
     return table
 
 
+def layer_table(model: VideoModel | VideoTextModel) -> Table:
+    """Trainable and total parameters, layer by layer, by origin."""
+    from img2vid.tuning import layer_groups
+
+    groups = layer_groups(model)
+    table = Table(title="Layers, from input to output", title_justify="left", title_style="bold")
+    table.add_column("layer")
+    for header in (*ORIGINS, "trainable", "total"):
+        table.add_column(header, justify="right")
+    for name in dict.fromkeys(group.name for group in groups):
+        layer = [group for group in groups if group.name == name]
+        table.add_row(name, *layer_cells(layer))
+    table.add_section()
+    table.add_row("total", *layer_cells(groups))
+    return table
+
+
+def layer_cells(groups: list[LayerGroup]) -> list[str]:
+    """Numbers of parameters of each origin, then the trainable and all of them."""
+    cells = []
+    for origin in ORIGINS:
+        total = sum(group.numel() for group in groups if group.origin == origin)
+        trainable = sum(group.numel(trainable_only=True) for group in groups if group.origin == origin)
+        frozen = f"{total - trainable:,} frozen" if trainable < total else ""
+        cells.append(", ".join(filter(None, [f"{trainable:,}" if trainable else "", frozen])))
+    trainable = sum(group.numel(trainable_only=True) for group in groups)
+    return [*cells, f"{trainable:,}" if trainable else "", f"{sum(group.numel() for group in groups):,}"]
+
+
+def optimizer_table(groups: list[dict[str, Any]]) -> Table:
+    """Parameter groups of an optimiser: at which rate what trains."""
+    table = Table(title="Parameter groups", title_justify="left", title_style="bold")
+    table.add_column("group")
+    for header in ("learning rate", "weight decay", "tensors", "parameters"):
+        table.add_column(header, justify="right")
+    total = 0
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        total += count
+        table.add_row(
+            group["name"], f"{group['lr']:.3g}", f"{group['weight_decay']:g}", str(len(group["params"])), f"{count:,}"
+        )
+    table.add_section()
+    table.add_row("total", "", "", str(sum(len(group["params"]) for group in groups)), f"{total:,}")
+    return table
+
+
 def print_aliases() -> None:
     from img2vid.backbones.names import ALIASES
 
@@ -153,7 +204,7 @@ def render_inspection(facts: Inspection) -> str:
 
 
 def inspection_table(facts: Inspection) -> Group:
-    table = Table(title=facts.name, title_justify="left", title_style="bold", show_header=False)
+    table = Table(title=Text(facts.name), title_justify="left", title_style="bold", show_header=False)
     size = f"{facts.image_size[0]} x {facts.image_size[1]} pixels" + (", any other size too" if facts.any_size else "")
     total = sum(facts.parameters.values())
     rows = {
@@ -173,5 +224,5 @@ def inspection_table(facts: Inspection) -> Group:
         table.add_row(name, value)
     promises = Table(title="Unchanged at step 0", title_justify="left", title_style="bold", show_header=False)
     for mode, promise in facts.guarantees.items():
-        promises.add_row(mode, promise)
+        promises.add_row(mode + (" (this one)" if mode == facts.mode else ""), promise)
     return Group(table, promises)

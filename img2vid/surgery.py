@@ -7,14 +7,21 @@ from typing import NamedTuple
 from torch import nn
 
 from img2vid.backbones.dropping import drop_path_rate
-from img2vid.backbones.reading import block_kind, child, read_block, residual_modules
+from img2vid.backbones.reading import (
+    attention_steps,
+    block_kind,
+    child,
+    has_steps,
+    read_block,
+    residual_modules,
+)
 from img2vid.backbones.tower import ImageTower
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import inflate_to_tubelets
 from img2vid.temporal.insertion import insert_temporal_attention
 from img2vid.temporal.joint import make_joint
-from img2vid.temporal.prefix import AttendToAllFrames, AveragePrefix
+from img2vid.temporal.prefix import AttendToAllFrames, AveragePrefix, DrawPrefixOnce
 
 
 class Entrance(NamedTuple):
@@ -64,13 +71,16 @@ def share_prefix_tokens(tower: ImageTower, config: VideoConfig, clip: ClipContex
     num_shared = num_shared_tokens(tower, config)
     if not num_shared:
         return
+    once = DrawPrefixOnce(clip, num_shared)
+    tower.blocks[0][1].register_forward_pre_hook(once.before_block)
     for _, block in tower.blocks:
         if config.prefix_mode == "global":
             attention = child(block, block_kind(block).attn)
-            attention.register_forward_hook(AttendToAllFrames(clip, num_shared, block, read_block))
+            attention.register_forward_hook(AttendToAllFrames(clip, num_shared, attention_steps))
         else:
             for module in residual_modules(block):
                 module.register_forward_hook(AveragePrefix(clip, num_shared))
+        block.register_forward_hook(once.after_block)
 
 
 def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
@@ -82,7 +92,8 @@ def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
             f"tubelet_size={config.tubelet_size}, but this backbone's patches do not come from one plain convolution, "
             "which is what can be inflated to several frames. Use tubelet_size=1."
         )
-    if config.prefix_mode == "global" and (is_rotary or not kind.attn or read_block(block).left_behind):
+    is_plain = not is_rotary and not read_block(block).left_behind and has_steps(child(block, kind.attn))
+    if config.prefix_mode == "global" and not is_plain:
         raise ConfigError(
             f"prefix_mode='global' needs to recompute attention over all frames and supports plain attention only, not "
             f"the {tower.position} positions and attention of {name}. Use per_frame or shared."
@@ -97,10 +108,6 @@ def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
             raise ConfigError(
                 f"joint_space_time cannot stretch the relative position bias of {name} over several frames. "
                 "Use divided_space_time."
-            )
-        if "per block" in tower.position:
-            raise ConfigError(
-                "joint_space_time does not support rotary codes learned per block. Use divided_space_time."
             )
         if is_rotary and tower.num_prefix_tokens and config.prefix_mode == "per_frame":
             raise ConfigError(

@@ -1,92 +1,23 @@
-"""Weight files in, every key accounted for.
+"""Weights into models, every key accounted for.
 
 Loading with ``strict=False`` and ignoring what it returns is how a model ends up partly random without anyone noticing.
 Here each key ends in one of five columns (loaded, new, dropped on purpose, missing, unexpected), a difference is only
-accepted where a pattern names it, and the error prints sorted lists.
+accepted where a pattern names it, what was changed on the way is said, and the error prints sorted lists.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
+import itertools
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from img2vid.errors import WeightsError
+from img2vid.weightfiles import WeightsFile, read_state_dict, read_weights, short
 
-WRAPPERS = ("state_dict", "model_state", "model", "module", "model_ema")
-PREFIXES = ("module.", "model.")
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` or pickled (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) weights file, on the CPU.
-
-    Pickles are only ever read with ``weights_only=True``: a file made to run code is refused and does not run it.
-    Common wrappers of pickled files (``{"state_dict": ...}``, keys starting with ``module.``) are taken off.
-
-    Raises:
-        WeightsError: no such file, truncated, not a weights file, or a pickle that holds more than tensors.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise WeightsError(
-            f"{path} is a folder; give a weights file. A folder saved by img2vid loads with img2vid.load."
-        )
-    if not path.is_file():
-        raise WeightsError(f"There is no weights file {path}.")
-    if path.stat().st_size == 0:
-        raise WeightsError(f"{path} is empty (0 bytes); download or copy it again.")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} is not a plain weights file and was not loaded: pickles can run code, so only tensors in plain "
-            f"containers are accepted. If you trust its author, load it with their own code and save "
-            f"torch.save(model.state_dict(), ...) or safetensors. ({first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        # whatever the unpickler stumbles over in a file that is no pickle
-        raise WeightsError(f"{path} is damaged, truncated, or no PyTorch file: {first_line(error)}") from error
-    return unwrap(content, path)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is damaged, truncated, or no safetensors file: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
-
-
-def unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint: through at most two known wrappers, without a prefix all its keys share."""
-    for _ in range(2):
-        inner = next((content[k] for k in WRAPPERS if isinstance(content, Mapping) and k in content), None)
-        content = inner if isinstance(inner, Mapping) else content
-    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        kind = f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__
-        raise WeightsError(
-            f"{path} holds no state dict ({kind}). Expected tensors by name, bare or under {', '.join(WRAPPERS)}."
-        )
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    for prefix in PREFIXES:
-        if all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
+__all__ = ["LoadReport", "WeightsFile", "load_weights", "read_state_dict", "read_weights", "short"]
 
 
 @dataclass
@@ -99,6 +30,8 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)  # in the model only, unforeseen
     unexpected: list[str] = field(default_factory=list)  # in the file only, unforeseen
     misshapen: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)  # of the loaded ones, those brought to another grid, and which
+    notes: list[str] = field(default_factory=list)  # what else there is to know about the file
 
     @property
     def ok(self) -> bool:
@@ -106,8 +39,21 @@ class LoadReport:
 
     def __str__(self) -> str:
         counts = f"{len(self.loaded)} loaded, {len(self.new)} new, {len(self.dropped)} dropped on purpose"
-        lists = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.misshapen}
-        return counts + "".join(f"\n  {len(keys)} {what}:\n{listed(keys)}" for what, keys in lists.items() if keys)
+        lists = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of another shape": self.misshapen,
+            "resampled": self.resampled,
+        }
+        counts += "".join(f"\n  {len(keys)} {what}:\n{listed(keys)}" for what, keys in lists.items() if keys)
+        return "\n  ".join([counts, *self.notes])
+
+    @property
+    def differences(self) -> list[str]:
+        """Sentences for the user: everything in which the model is not simply the file."""
+        said = {"New, not from the file": self.new, "Dropped on purpose from the file": self.dropped}
+        said["Resampled"] = self.resampled
+        return [f"{what}: {in_a_row(keys)}." for what, keys in said.items() if keys] + self.notes
 
 
 def load_weights(
@@ -118,6 +64,7 @@ def load_weights(
     allow_dropped: Iterable[str] = (),
     source: str = "the given state dict",
     assign: bool = False,
+    keep_dtypes: bool = False,
 ) -> LoadReport:
     """Load ``state`` into ``model``, accounting for every key; nothing is loaded unless everything is accounted for.
 
@@ -126,6 +73,7 @@ def load_weights(
         allow_dropped: regular expressions (full match) of keys that the file may have beyond the model.
         source: what the error calls the state dict, e.g. its path.
         assign: put the given tensors in place of the model's, as for a model on the meta device.
+        keep_dtypes: give the model's tensors the precisions of the given ones, instead of the other way round.
 
     Raises:
         WeightsError: keys missing, unexpected or misshapen, as sorted lists.
@@ -140,23 +88,58 @@ def load_weights(
             (report.dropped if matches(key, allow_dropped) else report.unexpected).append(key)
         elif own[key].shape != state[key].shape:
             report.misshapen.append(f"{key}: {tuple(state[key].shape)} given, {tuple(own[key].shape)} expected")
+        elif own[key].is_floating_point() != state[key].is_floating_point():  # quantised weights are no weights as such
+            report.misshapen.append(f"{key}: {state[key].dtype} given, {own[key].dtype} expected")
         else:
             report.loaded.append(key)
     if not report.ok:
         raise WeightsError(
             f"{source} does not fit this {type(model).__name__}, nothing was loaded: {report}\n"
-            "Check that the file belongs to this architecture and size. In Python, img2vid.weights.load_weights takes "
-            "patterns for differences that are meant (allow_new, allow_dropped)."
+            f"{explanation(report)}Check that the file belongs to this architecture and size. In Python, "
+            "img2vid.weights.load_weights takes patterns for differences that are meant (allow_new, allow_dropped)."
         )
+    if keep_dtypes:
+        take_dtypes(model, state)
+        own = model.state_dict()
     fitting = {key: state[key].to(own[key].dtype) for key in report.loaded}
     model.load_state_dict({**own, **fitting}, assign=assign)
     return report
+
+
+def explanation(report: LoadReport) -> str:
+    """Two frequent reasons for names that do not fit, in a sentence; empty where it is neither."""
+    if report.missing and report.unexpected:
+        first = report.missing[0]
+        for key in report.unexpected:
+            prefix = key.removesuffix(first)
+            if prefix != key and {prefix + name for name in report.missing} <= set(report.unexpected):
+                return (
+                    f"The names in the file start with {prefix!r}; without it they fit: save "
+                    f"{{key.removeprefix({prefix!r}): t for key, t in state.items()}} as a file of its own.\n"
+                )
+    if any("temporal_" in key for key in report.unexpected):
+        return (
+            "The file is a video model's, not an image model's. Convert with the same settings and "
+            "random_weights=True, then model.load_state_dict(...).\n"
+        )
+    return ""
+
+
+def take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in itertools.chain(*tensors):
+        if name in state:
+            tensor.data = tensor.data.to(state[name].dtype)
 
 
 def listed(keys: list[str], most: int = 20) -> str:
     """Keys one below the other; of a whole wrong file the first ones say enough."""
     lines = keys if len(keys) <= most else [*keys[:most], f"... and {len(keys) - most} more"]
     return "\n".join(f"    {line}" for line in lines)
+
+
+def in_a_row(keys: list[str], most: int = 20) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:

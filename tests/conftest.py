@@ -1,6 +1,7 @@
 """Shared small models. One thread, so that equal inputs in one batch give equal bits."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses a network
@@ -56,3 +57,8 @@ def clip_model():
 def clips():
     """Two clips of three frames."""
     return torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def hear_interrupts() -> None:
+    """For ``preexec_fn``: children of a job in the background would ignore SIGINT, as their parents do."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

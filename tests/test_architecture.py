@@ -13,21 +13,26 @@ ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
     {"_version", "errors"},
-    {"config", "weights", "overlay"},
-    {"guarantees"},
+    {"config", "weightfiles", "overlay"},
+    {"weights"},
+    {"guarantees", "command", "options"},
     {"temporal"},
     {"backbones"},
-    {"surgery"},
+    {"surgery", "clips"},
+    {"reloading"},
     {"checkpoints.saving"},
     {"model"},
-    {"evidence"},
+    {"evidence", "tuning", "footprint"},
     {"liveness"},
     {"certificate", "checkpoints", "grafts"},
-    {"inspection", "convert", "training", "evaluation", "export"},
+    {"inspection", "convert", "interpolation", "evaluation", "export"},
+    {"callbacks", "estimate"},
+    {"training"},
+    {"fit"},
     {"cli", "__init__"},
     {"__main__"},
 ]
-LEAVES = {"data", "objectives", "tuning", "reporting", "plots", "estimate"}
+LEAVES = {"data", "objectives", "reporting", "plots"}
 
 
 def modules():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from img2vid.certificate import certify
 from img2vid.checkpoints.native import load, save
 from img2vid.cli import main
 from img2vid.config import VideoConfig
+from img2vid.convert import convert
 from img2vid.errors import Img2VidError
 from img2vid.evidence import fingerprint, image_weights
 from img2vid.guarantees import KINDS, Guarantee
@@ -86,6 +88,40 @@ def test_a_trained_model_is_certified_with_gates_closed():
     assert certificate.gates_moved == pytest.approx(0.05)
     assert certificate.reversible
     assert certificate.perturbed_difference > 1e-3
+
+
+def test_gates_that_a_conversion_leaves_open_are_found():
+    """A trained model's gates may be anywhere; those of a fresh conversion may not, however small they are."""
+    video, image = make()
+    with torch.no_grad():
+        video.blocks[2].temporal_fc.bias[0] = 1e-6
+    assert certify(video, image).ok
+    certificate = certify(video, image, at_step_0=True)
+    assert not certificate.held
+    assert "although just converted" in " ".join(str(certificate).split())
+
+
+@pytest.mark.parametrize("name", ["blocks.0.temporal_fc.weight", "blocks.2.temporal_fc.bias"])
+def test_gates_of_nan_are_found(name):
+    video, image = make()
+    with torch.no_grad():
+        video.get_parameter(name).view(-1)[0] = float("nan")
+    certificate = certify(video, image)
+    assert math.isnan(certificate.gates_moved)
+    assert not certificate.reversible
+
+
+def test_clips_that_know_of_each_other_are_found():
+    video, image = make()
+    attention = video.blocks[1].temporal_attn
+    together = type(attention).forward
+    attention.forward = lambda x, num_frames: together(attention, x, len(x))  # one clip of all frames of the batch
+    certificate = certify(video, image)
+    assert certificate.held
+    assert certificate.reversible
+    assert certificate.alive
+    assert not certificate.ok
+    assert "other clips of the batch" in " ".join(str(certificate).split())
 
 
 def shift(video, name):
@@ -250,8 +286,13 @@ def test_a_wrong_reference_is_refused():
         certify(video, torch.nn.Linear(3, 3))
     with pytest.raises(Img2VidError, match="VideoModel was given"):
         certify(video, video)
+    image = small_vit()
+    with pytest.raises(Img2VidError, match="in place.*Build a second image model"):
+        certify(convert(image, num_frames=2), image)
     with pytest.raises(Img2VidError, match="not a VisionTransformer"):
         certify(small_vit(), small_vit())
+    with pytest.raises(Img2VidError, match=r"reference.to\('cpu', torch.float32\)"):
+        certify(video, small_vit().half())
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,9 @@ def test_bad_options_exit_with_two(arguments, capsys):
     assert files(".") == []
 
 
-def test_a_failed_certificate_is_a_failed_command(monkeypatch, capsys):
-    """Sabotage the conversion, not the certificate: one image weight changes on the way."""
+@pytest.mark.parametrize("name", ["norm.bias", "blocks.1.temporal_fc.bias"])
+def test_a_failed_certificate_is_a_failed_command(name, monkeypatch, capsys):
+    """Sabotage the conversion, not the certificate: an image weight changes on the way, or a gate is not at zero."""
     import img2vid.model
 
     build = img2vid.model.build_model
@@ -136,7 +137,7 @@ def test_a_failed_certificate_is_a_failed_command(monkeypatch, capsys):
     def sabotage(backbone, config):
         model = build(backbone, config)
         with torch.no_grad():
-            model.norm.bias += 1e-3  # in place, as an honest mistake would
+            model.get_parameter(name).add_(1e-3)  # in place, as an honest mistake would
         return model
 
     monkeypatch.setattr(img2vid.model, "build_model", sabotage)

@@ -11,8 +11,10 @@ from torch import nn
 
 import img2vid
 from img2vid.backbones.tower import structural_copy
+from img2vid.clips import ClipError
 from img2vid.config import VideoConfig
-from img2vid.model import ClipError, VideoModel, VideoTextModel
+from img2vid.errors import BackboneError
+from img2vid.model import VideoModel, VideoTextModel
 from img2vid.temporal.block import SpaceTimeBlock
 from tests.conftest import randomize, small_clip, small_vit
 
@@ -192,8 +194,7 @@ def test_open_clip_model_still_does_what_open_clip_users_do(clips):
         expected = image.logit_scale.exp() * nn.functional.normalize(frames.mean(1), dim=-1)
         assert torch.equal(scores, expected @ image.encode_text(text, normalize=True).T)
         assert torch.equal(model.encode_image(clips[:, 0]), model.encode_video(clips[:, :1]))
-        out = model(clips, text)
-    assert set(out) == {"video_features", "text_features", "logit_scale"}
+        assert torch.equal(model.encode_image(clips[:, 0]), image.encode_image(clips[:, 0]))
 
 
 def test_coca_gives_pooled_features_and_tokens(clips):
@@ -210,9 +211,11 @@ def test_coca_gives_pooled_features_and_tokens(clips):
         expected_pooled, expected_tokens = image.visual(clips.flatten(0, 1))
         assert torch.equal(pooled, expected_pooled.unflatten(0, (2, 3)).mean(1))
         assert torch.equal(tokens, expected_tokens.unflatten(0, (2, 3)).mean(1))
-        assert torch.equal(model.encode_video(clips), pooled)
+        assert torch.equal(model.encode_video(clips, normalize=False), pooled)
+        assert torch.equal(model.encode_video(clips), nn.functional.normalize(pooled, dim=-1))  # CoCa's own default
         words = torch.randint(1, 200, (2, 16))
-        assert torch.equal(model.encode_text(words), image.encode_text(words, normalize=False))
+        assert torch.equal(model.encode_text(words), image.encode_text(words))
+        assert torch.equal(model.encode_text(words, normalize=False), image.encode_text(words, normalize=False))
 
 
 def test_keys_are_the_image_keys_and_nothing_else_about_the_image():
@@ -314,14 +317,30 @@ def test_normalize_is_the_backbones():
         ((1, 0, 3, 32, 32), r"at least one \(T >= 1\)"),
         ((0, 2, 3, 32, 32), r"no frames"),
         ((1, 3, 8, 32, 32), r"look like \(B, C, T, H, W\)"),
-        ((1, 2, 3, 30, 32), r"30 x 32 pixels .* fixed to\s+32 x 32"),
         ((1, 2, 4, 32, 32), r"4 channels"),
+        ((1, 2, 3, 0, 0), r"no pixels"),
     ],
 )
 def test_bad_clips_are_explained(shape, message):
     video, _ = make(small_vit())
     with pytest.raises(ClipError, match=message):
         video(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [(torch.zeros(1, 2, 3, 32, 32), "go to encode_video"), (torch.zeros(3, 32, 32), "was given"), ([], "a list was")],
+    ids=["clips", "one image", "list"],
+)
+def test_what_is_no_image_is_explained(clip_model, images, message):
+    with pytest.raises(ClipError, match=message):
+        make(clip_model)[0].encode_image(images)
+
+
+@pytest.mark.parametrize("settings", [{"num_classes": 3}, {"attention": "factorised_encoder"}], ids=str)
+def test_a_head_needs_one_vector_per_image(settings):
+    with pytest.raises(BackboneError, match=r"tokens \(17, 48\), not into one vector"):
+        make(small_vit(global_pool=""), **settings)
 
 
 def test_sizes_that_are_no_multiple_of_the_patch():

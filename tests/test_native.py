@@ -1,5 +1,6 @@
 """Model folders: save, load, hub methods."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_round_trip_is_bitwise(model, tmp_path):
         assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "n" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 3}, r"num_heads \[4\], .* \[3\]"),
+        ({"act_layer": torch.nn.SiLU}, r"activations \['GELU'\], .* \['SiLU'\]"),
+        ({"norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-5)}, r"norm_eps \[1e-06\], .* \[1e-05\]"),
+    ],
+    ids=["heads", "activation", "eps"],
+)
+def test_a_module_that_the_weights_fit_and_that_is_another_function(change, message, tmp_path):
+    img2vid.convert(small_vit()).save_pretrained(tmp_path / "m")
+    with pytest.raises(WeightsError, match=message):
+        img2vid.load(tmp_path / "m", image_model=small_vit(**change))
+
+
 def test_modules_without_a_name_need_the_module_again(tmp_path):
     model = randomize(img2vid.convert(small_clip()), seed=5)
     model.save_pretrained(tmp_path / "m")
@@ -70,7 +86,7 @@ def test_an_interrupted_save_leaves_nothing(model, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(native, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WeightsError, match="m: OSError: disk full"):
         model.save_pretrained(tmp_path / "m")
     assert os.listdir(tmp_path) == []
 

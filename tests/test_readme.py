@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 import img2vid
 from img2vid.cli import main as cli
 from img2vid.convert import main as convert
@@ -25,6 +27,8 @@ def test_python(tmp_path, monkeypatch):
         exec(compile(code, "README.md", "exec"), names)
     assert names["features"].shape == (1, 192)
     assert names["scores"].shape == (1, 2) and abs(float(names["scores"].detach().sum()) - 1) < 1e-5
+    assert names["accuracy"] == pytest.approx(0.98, abs=0.01)
+    assert sum(len(group) for group in names["groups"].values()) > 200
 
 
 def test_commands(tmp_path, monkeypatch, capsys):

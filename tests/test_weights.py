@@ -97,6 +97,19 @@ def test_nothing_is_loaded_unless_everything_is_accounted_for():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("backbone.weight", "backbone.bias"), r"start with 'backbone\.'; without it they fit"),
+        (("weight", "bias", "blocks.0.temporal_fc.weight"), "is a video model's"),
+    ],
+    ids=["prefix", "video"],
+)
+def test_frequent_misfits_are_explained(names, message):
+    with pytest.raises(WeightsError, match=message):
+        load_weights(nn.Linear(2, 2), {name: torch.zeros((2, 2) if "weight" in name else 2) for name in names})
+
+
 def test_differences_named_by_pattern_are_reported():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     state = {"0.weight": torch.zeros(2, 3), "0.bias": torch.ones(2), "head.weight": torch.zeros(1)}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from img2vid.backbones.names import ALIASES, parse_name
+from img2vid.backbones.names import ALIASES, EXPECTED, parse_name
 from img2vid.backbones.tower import Backbone, ImageTower
-from img2vid.errors import BackboneError
+from img2vid.config import shown
+from img2vid.errors import BackboneError, WeightsError
 
 __all__ = ["ALIASES", "Backbone", "BackboneError", "ImageTower", "describe", "load_backbone", "wrap_module"]
 
@@ -37,6 +40,9 @@ def load_backbone(
         BackboneError: unknown or unsupported, or ``WeightsUnavailable`` where its weights cannot be had.
         WeightsError: a local file that cannot be read or does not fit.
     """
+    if not isinstance(name, str):
+        raise BackboneError(f"{shown(name)} is of type {type(name).__name__}, not a backbone's name. {EXPECTED}")
+    check_weights(weights)
     if weights is not None and random_weights:
         raise BackboneError(f"Both weights={str(weights)!r} and random_weights were given; choose one.")
     parsed = parse_name(name)
@@ -62,6 +68,22 @@ def load_backbone(
     return load_open_clip(parsed, **options)
 
 
+def check_weights(weights: object) -> None:
+    """Refuse what cannot be a file's path, before anything is built for it."""
+    if isinstance(weights, Mapping):
+        raise WeightsError(
+            "weights is a state dict, but a file is expected. Build the module with its library, load them there, and "
+            "give the module: img2vid.convert(module)."
+        )
+    if weights is not None and not isinstance(weights, (str, os.PathLike)):
+        raise WeightsError(f"weights={shown(weights)} is of type {type(weights).__name__}; expected a file's path.")
+    if weights is not None and (not str(weights).strip() or "\0" in str(weights)):
+        raise WeightsError(
+            f"weights={str(weights)!r} is no path. Give a .safetensors or .pth file, or leave it out. Was it an unset "
+            "shell variable?"
+        )
+
+
 def describe(tower: nn.Module) -> ImageTower:
     """Find the parts of an image tower: a timm model, or the ``visual`` of an open_clip model."""
     if comes_from(tower, "timm."):
@@ -82,6 +104,13 @@ def wrap_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
     Raises:
         BackboneError: neither, or an architecture that is not supported.
     """
+    if isinstance(model, type):
+        raise BackboneError(
+            f"The class {model.__name__} was given. Build it first, and give the model: {model.__name__}(...)."
+        )
+    if not isinstance(model, nn.Module):
+        hint = " Give a folder's or file's path as text, with its library." if isinstance(model, os.PathLike) else ""
+        raise BackboneError(f"{shown(model)} is of type {type(model).__name__}, not a model.{hint} {EXPECTED}")
     if hasattr(model, "gates_closed") or hasattr(getattr(model, "visual", None), "gates_closed"):
         raise BackboneError(f"This {type(model).__name__} already is a video model; convert a fresh image model.")
     tower = getattr(model, "visual", model)
@@ -89,6 +118,7 @@ def wrap_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
         raise BackboneError(
             f"A {type(model).__module__}.{type(model).__name__} was given. Expected a timm model, an open_clip model, "
             "or a backbone's name (python -m img2vid.convert --list)."
+            + (" Give what it wraps: model.module." if isinstance(getattr(model, "module", None), nn.Module) else "")
         )
     if image_size is not None:
         from img2vid.backbones import from_open_clip, from_timm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,20 +12,25 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import get_model_config, load_checkpoint
+from open_clip.factory import _find_checkpoint_in_dir, get_model_config
 from open_clip.model import _build_vision_tower
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from img2vid.backbones.building import building, say_loading
 from img2vid.backbones.from_timm import check_divisible, describe_timm
-from img2vid.backbones.hub import fetching
-from img2vid.backbones.names import BackboneName
+from img2vid.backbones.hub import ONLINE, fetching
+from img2vid.backbones.names import EXPECTED, BackboneName
+from img2vid.backbones.open_clip_weights import load_file
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
+from img2vid.config import shown
 from img2vid.errors import BackboneError, WeightsError, nearest
 from img2vid.temporal.embeddings import resample_pos_embed
-from img2vid.weights import read_state_dict
+from img2vid.weights import LoadReport
+
+LOCAL_WAY = "download it elsewhere, and give the folder: --backbone open_clip:local-dir:FOLDER"
 
 
 class AnySizeVisionTransformer(VisionTransformer):
@@ -57,13 +63,15 @@ def load_open_clip(
 
     Args:
         name: architecture and tag.
-        weights: local file instead of the tag's weights, read with ``weights_only=True`` and loaded strictly.
+        weights: local file instead of the tag's weights; every key is accounted for.
         random_weights: no weights at all.
         image_size: pixels (height, width); position embeddings are resampled.
         arguments: further keyword arguments of ``open_clip.create_model``.
     """
     check_known(name)
-    if weights is None and not random_weights and name.tag is None:
+    if weights is None and not random_weights and name.scheme == "local-dir:":
+        weights = folder_weights(name.place)
+    if weights is None and not random_weights and name.tag is None and name.scheme is None:
         tags = ", ".join(list_pretrained_tags_by_model(name.architecture)) or "none"
         raise BackboneError(
             f"open_clip:{name.architecture} names no weights. Add a tag (open_clip:{name.architecture}/TAG; there are: "
@@ -71,32 +79,90 @@ def load_open_clip(
         )
     described = dict(arguments or {})
     arguments = {**tag_arguments(name), **described}
-    describe_open_clip(vision_skeleton(name, arguments))  # refuse before downloading anything
-    with quiet_open_clip(), fetching(str(name)), torch.device(device):
-        model = open_clip.create_model(
-            name.architecture,
-            pretrained=None if random_weights or weights is not None else name.tag,
-            pretrained_text=False,
-            device=device,
-            **arguments,
-        )
-    source = None if random_weights else f"open_clip {name.architecture}/{name.tag}"
+    fetch_text_config(name)
+    with building(str(name), described):
+        skeleton = vision_skeleton(name, arguments)
+        describe_open_clip(skeleton)  # refuse before downloading anything
+        say_loading(str(name), skeleton, weights, random_weights, "image tower: ")
+        with quiet_open_clip(), fetching(f"the pretrained weights of {name}"), torch.device(device):
+            model = open_clip.create_model(
+                name.architecture,
+                pretrained=None if random_weights or weights is not None else name.tag,
+                load_weights=not random_weights and weights is None,
+                require_pretrained=not random_weights and weights is None,  # a warning is not enough
+                pretrained_text=False,
+                device=device,
+                **arguments,
+            )
+    source = None if random_weights else f"open_clip {name.architecture}/{name.tag}".removesuffix("/None")
+    tower, report = describe_open_clip(model.visual), LoadReport()
+    set_image_size(model.visual, tower, image_size)  # first, so that a file of that size goes in as it is
     if weights is not None:
-        load_file(model, weights)
-        source = str(weights)
-    tower = describe_open_clip(model.visual)
-    set_image_size(model.visual, tower, image_size)
-    return Backbone(model.eval(), describe_open_clip(model.visual), str(name), described, source)
+        report = load_file(model, describe_open_clip(model.visual), weights)
+        source = f"the file {Path(weights).name}"
+    return Backbone(model.eval(), describe_open_clip(model.visual), str(name), described, source, report)
 
 
 def check_known(name: BackboneName) -> None:
+    if name.scheme:
+        check_described(name)
+        return
     if get_model_config(name.architecture) is None:
         hint = nearest(name.architecture, open_clip.list_models())
-        raise BackboneError(f"open_clip {open_clip.__version__} has no model {name.architecture!r}.{hint}")
+        raise BackboneError(
+            f"open_clip {open_clip.__version__} has no model {shown(name.architecture)}.{hint} {EXPECTED}"
+        )
     tags = list_pretrained_tags_by_model(name.architecture)
     if name.tag and not get_pretrained_cfg(name.architecture, name.tag):
         have = ", ".join(tags) or "none"
-        raise BackboneError(f"open_clip has no weights {name.tag!r} for {name.architecture}. It has: {have}.")
+        raise BackboneError(f"open_clip has no weights {shown(name.tag)} for {name.architecture}. It has: {have}.")
+
+
+def check_described(name: BackboneName) -> None:
+    """Whether a folder or repository says, in open_clip's format, what its model is."""
+    file = "open_clip_config.json"
+    if name.scheme == "local-dir:" and not os.path.isfile(os.path.join(name.place, file)):
+        there = "holds no" if os.path.isdir(name.place) else "is no folder with an"
+        raise BackboneError(f"{name.place} {there} {file}, which open_clip's push_to_hf_hub and hub folders have.")
+    try:
+        with fetching(f"{file} of {name}, which says what model it is", (LOCAL_WAY, ONLINE)):
+            config = get_model_config(name.architecture)
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, BackboneError):
+            raise
+        raise BackboneError(f"{file} of {name} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not all(key in config for key in ("embed_dim", "vision_cfg", "text_cfg")):
+        raise BackboneError(
+            f"{file} of {name} describes no model: expected model_cfg with embed_dim, vision_cfg and text_cfg."
+        )
+
+
+def folder_weights(folder: str) -> str:
+    """The weights file that open_clip takes from a ``local-dir:`` folder."""
+    path = _find_checkpoint_in_dir(Path(folder))
+    if path is None:
+        raise WeightsError(
+            f"{folder} holds no weights (.safetensors, .bin or .pth). Give --weights FILE or --random-weights."
+        )
+    return path
+
+
+def fetch_text_config(name: BackboneName) -> None:
+    """Some text towers are built from a config on the hub, whatever weights they are to have: fetch it first.
+
+    Raises:
+        WeightsUnavailable: it could not be had, and no weights file is a way out.
+    """
+    hub_name = get_model_config(name.architecture)["text_cfg"].get("hf_model_name")
+    if not hub_name:
+        return
+    try:
+        from transformers import AutoConfig
+    except ModuleNotFoundError as error:
+        raise BackboneError(f"The text tower of {name} needs transformers: pip install 'img2vid[hf]'.") from error
+    what = f"the Hugging Face config {hub_name}, from which the text tower of {name} is built, with any weights"
+    with fetching(what, (ONLINE, "choose a model with open_clip's own text tower, such as clip_b32 or nano_clip")):
+        AutoConfig.from_pretrained(hub_name)
 
 
 def tag_arguments(name: BackboneName) -> dict[str, Any]:
@@ -131,15 +197,6 @@ def quiet_open_clip() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def load_file(model: nn.Module, path: str | Path) -> None:
-    """Load a local file with open_clip's own converters (OpenAI and SigLIP layouts among them), strictly."""
-    read_state_dict(path)  # our own errors for files that are missing, damaged or malicious
-    try:
-        load_checkpoint(model, str(path), strict=True, weights_only=True)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise WeightsError(f"{path} does not fit this {type(model).__name__}: {error}") from error
 
 
 def set_image_size(module: nn.Module, tower: ImageTower, image_size: tuple[int, int] | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,16 @@ import torch
 from timm.models import cait
 from torch import nn
 
+from img2vid.backbones.any_size import set_cait_size
+from img2vid.backbones.building import building, say_loading
 from img2vid.backbones.hub import fetching
-from img2vid.backbones.names import BackboneName
+from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
+from img2vid.backbones.timm_weights import load_file
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
-from img2vid.errors import BackboneError, WeightsError, nearest
-from img2vid.weights import load_weights, read_state_dict
+from img2vid.config import shown
+from img2vid.errors import BackboneError, nearest
+from img2vid.weights import LoadReport
 
 # Models that are called ViT-like but whose tokens do not stay in fixed columns from block to block, so that "the same
 # position in the next frame" means nothing to their blocks; or whose attention is not yet read.
@@ -33,7 +37,6 @@ REFUSALS = {
     "Gemma4VitEncoder": "its blocks take masks and position tables per image that know nothing of clips",
     "Gemma4VitClassifier": "its blocks take masks and position tables per image that know nothing of clips",
 }
-CLASSIFIER_KEYS = [r"(head|head_dist|fc|head\.fc)\.(weight|bias)"]
 
 
 def load_timm(
@@ -59,38 +62,44 @@ def load_timm(
     arguments = dict(arguments or {})
     full_name = name.architecture + (f".{name.tag}" if name.tag else "")
     described = dict(arguments)
-    arguments, model = with_any_size(full_name, {"num_classes": 0, **arguments})
+    with building(str(name), described):
+        arguments, model = with_any_size(full_name, {"num_classes": 0, **arguments})
     tower = describe_timm(model)  # refuse before downloading anything
+    if arguments.get("in_chans", 3) != tower.in_channels or tower.in_channels < 1:
+        raise BackboneError(f"in_chans={arguments['in_chans']} is not supported for {full_name}; leave it out.")
     is_ragged = any(pixels % patch for pixels, patch in zip(tower.image_size, tower.patch_size, strict=True))
     if is_ragged and "dynamic_img_size" not in described:
         # SigLIP at 384 pixels is 27.4 patches of 14: timm takes that as a fixed size only
         arguments.pop("dynamic_img_size", None)
-        model = skeleton(full_name, arguments)
-    dropped: list[str] = []
+        with building(str(name), described):
+            model = skeleton(full_name, arguments)
+    report = LoadReport()
+    say_loading(str(name), model, weights, random_weights)
     if weights is None and not random_weights:
-        with fetching(str(name)):
+        with building(str(name), described), fetching(f"the pretrained weights of {name}"):
             model = timm.create_model(full_name, pretrained=True, **arguments)
         source = f"timm {full_name}"
+        set_image_size(model, image_size)
     else:
         if device != "meta":
-            with torch.device(device):
+            with building(str(name), described), torch.device(device):
                 model = timm.create_model(full_name, pretrained=False, **arguments)
         source = None
+        set_image_size(model, image_size)  # first, so that a file of that size goes in as it is
         if weights is not None:
-            dropped = load_file(model, weights)
-            source = str(weights)
-    set_image_size(model, image_size)
-    return Backbone(model.eval(), describe_timm(model), str(name), described, source, dropped)
+            report = load_file(model, weights)
+            source = f"the file {Path(weights).name}"
+    return Backbone(model.eval(), describe_timm(model), str(name), described, source, report)
 
 
 def check_known(name: BackboneName) -> None:
     if not timm.is_model(name.architecture):
         hint = nearest(name.architecture, timm.list_models())
-        raise BackboneError(f"timm {timm.__version__} has no model {name.architecture!r}.{hint}")
+        raise BackboneError(f"timm {timm.__version__} has no model {shown(name.architecture)}.{hint} {EXPECTED}")
     tags = [n.partition(".")[2] for n in timm.list_models(f"{name.architecture}.*", pretrained=True)]
     if name.tag and name.tag not in tags:
         have = ", ".join(tags) or "none"
-        raise BackboneError(f"timm has no weights {name.tag!r} for {name.architecture}. It has: {have}.")
+        raise BackboneError(f"timm has no weights {shown(name.tag)} for {name.architecture}. It has: {have}.")
 
 
 def with_any_size(full_name: str, arguments: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
@@ -104,29 +113,13 @@ def with_any_size(full_name: str, arguments: dict[str, Any]) -> tuple[dict[str, 
         return wanted, skeleton(full_name, wanted)
     except TypeError as error:
         if "dynamic_img_size" in arguments or "dynamic_img_size" not in str(error):
-            raise BackboneError(f"timm cannot build {full_name} with {arguments}: {error}") from error
-        return arguments, skeleton(full_name, arguments)
-    except (RuntimeError, AssertionError) as error:  # old names of weights that were withdrawn, arguments at odds
-        raise BackboneError(f"timm cannot build {full_name}: {error}") from error
+            raise
+    return arguments, skeleton(full_name, arguments)
 
 
 def skeleton(full_name: str, arguments: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
         return timm.create_model(full_name, pretrained=False, **arguments)
-
-
-def load_file(model: nn.Module, path: str | Path) -> list[str]:
-    """Load a local weights file; returns the classifier keys it held, which a feature extractor has no place for."""
-    state = read_state_dict(path)
-    to_timm = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if to_timm is not None:
-        try:
-            state = to_timm(state, model)
-        except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
-            raise WeightsError(
-                f"{path} is not in a layout timm knows for {type(model).__name__} ({type(error).__name__}: {error})."
-            ) from error
-    return load_weights(model, state, allow_dropped=CLASSIFIER_KEYS, source=str(path)).dropped
 
 
 def set_image_size(model: nn.Module, image_size: tuple[int, int] | None) -> None:
@@ -139,6 +132,8 @@ def set_image_size(model: nn.Module, image_size: tuple[int, int] | None) -> None
     check_divisible(image_size, tower.patch_size)
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=image_size)
+    elif isinstance(model, cait.Cait):
+        set_cait_size(model, image_size)
     elif tower.any_size:  # nothing is built for a size; timm keeps the usual one in the configuration
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (tower.in_channels, *image_size)}
     else:
@@ -179,8 +174,10 @@ def describe_timm(model: nn.Module) -> ImageTower:
         raise BackboneError(f"{class_name} cannot become a video model: {reason}.")
     embed = getattr(trunk, "patch_embed", None) or trunk.embeds
     conv = getattr(embed, "proj", None)
+    is_plain = is_patch_projection(conv) and not hasattr(embed, "backbone")
     kind = block_kind(blocks[0])
     config = getattr(model, "pretrained_cfg", None) or {}
+    in_channels = next((part.in_channels for part in embed.modules() if isinstance(part, nn.Conv2d)), 3)
     return ImageTower(
         module=model,
         blocks=[(f"{trunk_path}blocks.{i}", block) for i, block in enumerate(blocks)],
@@ -191,13 +188,21 @@ def describe_timm(model: nn.Module) -> ImageTower:
         any_size=bool(getattr(trunk, "dynamic_img_size", False))
         or class_name.startswith(("NaFlex", "Qwen3", "Deepseek")),
         position=position_kind(trunk, embed, kind),
-        patch_conv=conv if is_patch_projection(conv) and not hasattr(embed, "backbone") else None,
+        patch_conv=conv if is_plain else None,
+        in_channels=in_channels,
         preprocess=Preprocess(
-            tuple(config.get("mean") or (0.5,) * 3),
-            tuple(config.get("std") or (0.5,) * 3),
+            pixel_statistic(config.get("mean"), in_channels),
+            pixel_statistic(config.get("std"), in_channels),
             config.get("interpolation") or "bicubic",
         ),
+        pads=bool(getattr(embed, "dynamic_img_pad", False)),
     )
+
+
+def pixel_statistic(values: Sequence[float] | None, in_channels: int) -> tuple[float, ...]:
+    """A mean or deviation per channel; of images that are not RGB, the average of the published three."""
+    values = tuple(values or (0.5,) * 3)
+    return values if len(values) == in_channels else (sum(values) / len(values),) * in_channels
 
 
 def image_class(block: nn.Module) -> type[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import urlparse
 
@@ -13,17 +13,31 @@ from img2vid.errors import BackboneError
 
 
 class WeightsUnavailable(BackboneError):
-    """Pretrained weights that are neither cached nor to be had; the message names every way out."""
+    """Something that is neither cached nor to be had over the network; the message names every way out that applies."""
+
+
+ONLINE = "run once with a network: the libraries' caches are used afterwards"
+WEIGHTS_WAYS = (
+    "--weights FILE: load them from a .safetensors or .pth file (in Python: weights=FILE)",
+    "--random-weights: convert the architecture with random weights (in Python: random_weights=True)",
+    "--backbone nano_clip: the small pretrained model that comes with img2vid, which needs no network",
+    ONLINE,
+)
 
 
 @contextmanager
-def fetching(name: str) -> Iterator[None]:
+def fetching(what: str, ways_out: Sequence[str] = WEIGHTS_WAYS) -> Iterator[None]:
     """Run a library's own download; without a network use its cache only, instead of minutes of retries.
 
+    Args:
+        what: what is fetched, as the error names it: ``the pretrained weights of vit_base``.
+        ways_out: what the user can do without it.
+
     Raises:
-        WeightsUnavailable: the weights of ``name`` could not be had.
+        WeightsUnavailable: it could not be had.
     """
     from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
 
     logger = logging.getLogger("huggingface_hub")
     offline, level = constants.HF_HUB_OFFLINE, logger.level
@@ -32,13 +46,15 @@ def fetching(name: str) -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         yield
+    except HFValidationError as error:
+        raise BackboneError(f"There can be no {what}: {error}") from error
     except OSError as error:  # all of huggingface_hub's and urllib's errors about fetching are OSErrors
-        raise WeightsUnavailable(unavailable(name, error)) from error
+        raise WeightsUnavailable(unavailable(what, ways_out, error)) from error
     except RuntimeError as error:
         # open_clip reports failed downloads as RuntimeError; anything else is not about fetching
         if "download" not in str(error).lower():
             raise
-        raise WeightsUnavailable(unavailable(name, error)) from error
+        raise WeightsUnavailable(unavailable(what, ways_out, error)) from error
     finally:
         constants.HF_HUB_OFFLINE = offline
         logger.setLevel(level)
@@ -55,13 +71,7 @@ def reachable(endpoint: str) -> bool:
     return True
 
 
-def unavailable(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"The pretrained weights of {name} are not in the local cache and could not be downloaded ({reason}).\n"
-        "Ways out:\n"
-        "  --weights FILE       load them from a .safetensors or .pth file (in Python: weights=FILE)\n"
-        "  --random-weights     convert the architecture with random weights (in Python: random_weights=True)\n"
-        "  --backbone nano_clip use the small pretrained model that comes with img2vid, which needs no network\n"
-        "or run once with a network; the libraries' caches are used afterwards."
-    )
+def unavailable(what: str, ways_out: Sequence[str], error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    ways = "".join(f"\n  {way}" for way in ways_out)
+    return f"Not in the local cache, and could not be downloaded ({reason}): {what}.\nWays out:{ways}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+from img2vid.config import shown
 from img2vid.errors import BackboneError, nearest
 
 # alias: canonical name. The part behind '.' (timm) or '/' (open_clip) names the pretrained weights.
@@ -57,15 +59,33 @@ ALIASES: dict[str, str] = {
 }
 
 LIBRARIES = ("timm", "open_clip")
+EXPECTED = (
+    "Expected an alias (python -m img2vid.convert --list), timm:NAME[.TAG], open_clip:ARCH[/TAG], "
+    "open_clip:local-dir:FOLDER, or nano_clip."
+)
+SCHEMES = ("local-dir:", "hf-hub:")  # what open_clip calls a folder or a repository that describes its own model
 
 
 @dataclass(frozen=True)
 class BackboneName:
-    """``library:architecture`` and the tag of its pretrained weights, None for the library's default or for none."""
+    """``library:architecture`` and the tag of its pretrained weights, None for the library's default or for none.
+
+    An open_clip architecture may also be ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``, with weights of its own.
+    """
 
     library: str
     architecture: str
     tag: str | None = None
+
+    @property
+    def scheme(self) -> str | None:
+        """``local-dir:`` or ``hf-hub:``, None for an architecture that open_clip has itself."""
+        return next((scheme for scheme in SCHEMES if self.architecture.startswith(scheme)), None)
+
+    @property
+    def place(self) -> str:
+        """The folder or repository behind the scheme."""
+        return self.architecture.removeprefix(self.scheme or "")
 
     def __str__(self) -> str:
         if self.library == "nano_clip":
@@ -85,15 +105,39 @@ def parse_name(name: str) -> BackboneName:
         return BackboneName("nano_clip", "nano_clip")
     library, colon, rest = full.partition(":")
     if not colon or library not in LIBRARIES or not rest:
+        raise BackboneError(f"Unknown backbone {shown(name)}.{what_it_is(full)} {EXPECTED}")
+    scheme = next((scheme for scheme in SCHEMES if rest.replace("_", "-").startswith(scheme)), None)
+    if scheme and library == "timm":
         raise BackboneError(
-            f"Unknown backbone {name!r}.{nearest(name, every_name())} Give an alias "
-            "(python -m img2vid.convert --list), timm:NAME[.TAG], open_clip:ARCH[/TAG], or nano_clip."
+            f"{shown(name)}: timm's own names are taken here, with their tags: timm:NAME.TAG. Weights of your own, in "
+            "timm's layout, go with the name of their architecture: --backbone timm:NAME --weights FILE."
         )
-    if library == "timm":
-        architecture, _, tag = rest.partition(".")
-    else:
-        architecture, _, tag = rest.partition("/")
+    if scheme:
+        place = rest[len(scheme) :]
+        if not place.strip():
+            kind = "a folder" if scheme == "local-dir:" else "OWNER/NAME of a repository"
+            raise BackboneError(f"{shown(name)} ends where {kind} is expected.")
+        # absolute, so that a saved model can be loaded from anywhere
+        return BackboneName(library, scheme + (os.path.abspath(place) if scheme == "local-dir:" else place))
+    architecture, _, tag = rest.partition("." if library == "timm" else "/")
     return BackboneName(library, architecture, tag or None)
+
+
+def what_it_is(name: str) -> str:
+    """What an unknown name seems to be: a folder, a file, or a slip of the hand."""
+    if os.path.isfile(os.path.join(name, "config.json")) and os.path.isfile(os.path.join(name, "model.safetensors")):
+        return (
+            f" There is a model folder there. A folder of img2vid already is a video model: img2vid.load({name!r}) in "
+            f"Python, img2vid inspect and img2vid certify here; --config {os.path.join(name, 'config.json')} converts "
+            "its backbone again, with its settings."
+        )
+    if os.path.isfile(os.path.join(name, "open_clip_config.json")):
+        return f" It is a folder of open_clip: --backbone open_clip:local-dir:{name}."
+    if os.path.isdir(name):
+        return " It is a folder, and holds no model."
+    if os.path.isfile(name):
+        return " It is a file: give its architecture with --backbone, and the file with --weights."
+    return nearest(name, every_name()) if len(name) < 200 else ""
 
 
 def every_name() -> list[str]:

@@ -7,7 +7,7 @@ from functools import cache
 
 from torch import Tensor
 
-from img2vid.backbones.hub import fetching
+from img2vid.backbones.hub import ONLINE, fetching
 from img2vid.backbones.names import parse_name
 from img2vid.errors import BackboneError
 
@@ -33,8 +33,11 @@ def tokenizer_for(backbone: str | None) -> Callable[[list[str]], Tensor]:
         raise BackboneError(f"{backbone} has no text tower, so there is nothing to tokenize for.")
     import open_clip
 
+    ways_out = [ONLINE, "or make token ids yourself, with the tokenizer the text tower was trained with"]
+    if name.scheme == "local-dir:":
+        ways_out.insert(0, f"put the tokenizer's files into {name.place}, where open_clip looks for them")
     try:
-        with fetching(f"the tokenizer of {backbone}"):
+        with fetching(f"the tokenizer of {backbone}", ways_out):
             return open_clip.get_tokenizer(name.architecture)
     except ModuleNotFoundError as error:
         raise BackboneError(f"The tokenizer of {backbone} needs {error.name}: pip install 'img2vid[hf]'.") from error

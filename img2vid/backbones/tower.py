@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from img2vid.errors import BackboneError
+from img2vid.weights import LoadReport
+
 
 @dataclass
 class Preprocess:
@@ -30,6 +33,7 @@ class ImageTower:
         in_channels: channels C of an image, 3 for RGB.
         image_size, patch_size: pixels (height, width).
         any_size: whether forward takes images of other sizes than ``image_size``.
+        pads: whether it pads sizes that are no multiple of ``patch_size``.
         position: how places are told apart, for people to read.
     """
 
@@ -43,6 +47,7 @@ class ImageTower:
     patch_conv: nn.Conv2d | None = None
     in_channels: int = 3
     preprocess: Preprocess = field(default_factory=Preprocess)
+    pads: bool = False
 
 
 @dataclass
@@ -55,7 +60,7 @@ class Backbone:
         name: canonical name, None where the module was passed in by hand.
         arguments: keyword arguments it was built with beyond its name.
         pretrained: where its weights come from, None for random ones.
-        dropped: keys of the pretrained weights that were left out on purpose.
+        report: where every key of a local weights file went.
     """
 
     model: nn.Module
@@ -63,7 +68,7 @@ class Backbone:
     name: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     pretrained: str | None = None
-    dropped: list[str] = field(default_factory=list)
+    report: LoadReport = field(default_factory=LoadReport)
 
     @property
     def has_text(self) -> bool:
@@ -90,10 +95,25 @@ def on_meta(module: nn.Module) -> nn.Module:
 
 
 def output_dim(tower: ImageTower) -> int:
-    """Length of the tower's feature vector, probed with one image on the meta device."""
+    """Length of the tower's feature vector, probed with one image on the meta device.
+
+    Raises:
+        BackboneError: an image becomes no vector, but a row of tokens.
+    """
     module = on_meta(tower.module).eval()
     with torch.no_grad():
         dtype = next(module.parameters()).dtype
         features = module(torch.zeros(1, tower.in_channels, *tower.image_size, dtype=dtype, device="meta"))
     features = features[0] if isinstance(features, tuple) else features
+    if features.ndim != 2:
+        raise BackboneError(
+            f"This {type(tower.module).__name__} turns an image into tokens {tuple(features.shape[1:])}, not into one "
+            "vector, so neither a classifier (num_classes) nor a factorised_encoder can follow it. Build it with "
+            "pooling, such as backbone_args={'global_pool': 'avg'}."
+        )
     return features.shape[-1]
+
+
+def classes_of(module: nn.Module) -> int:
+    """Classes of a timm model's own classifier, 0 where it gives features."""
+    return module.num_classes if hasattr(module, "reset_classifier") else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from img2vid._version import __version__
+from img2vid.guarantees import Guarantee
 
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 def model_card(model: VideoModel | VideoTextModel, certificate: Certificate | None) -> str:
     """Markdown with the hub's front matter: what it was made from, how, what was proven, and how to run it."""
     config, has_text = model.config, hasattr(model, "encode_video")
-    source = config.backbone or "a module passed in by hand"
+    video = model.visual if has_text else model
+    source = config.backbone or f"a {type(video.base).__name__} passed in by hand"
     settings = "\n".join(
         f"| {name} | {value} |"
         for name, value in config.to_dict().items()
@@ -45,8 +47,9 @@ tags:
 
 # {source} as a video model
 
-A {type(model).__name__} made from **{source}** by img2vid {__version__}. Its image weights keep their names and values;
-what is new starts behind gates at zero.
+A {type(model).__name__} made from **{source}** by img2vid {__version__}. {origin_of_weights(video)}
+
+{step_zero(video)}
 
 | setting | value |
 |---|---|
@@ -65,3 +68,42 @@ model = img2vid.load("this folder")
 {run}
 ```
 """
+
+
+def origin_of_weights(video: VideoModel) -> str:
+    """Where the numbers come from; whether they are trained since, only a certificate can tell."""
+    if video.image_weights == "random":
+        return "It started from random weights: nothing pretrained is in it."
+    return f"Its image weights came from {video.image_weights} and keep the image library's names."
+
+
+def step_zero(video: VideoModel) -> str:
+    """What the conversion kept of the image model's function, and whether this model still is there."""
+    config, promise = video.config, Guarantee.of(video.config, video.tower.num_prefix_tokens)
+    text = f"Before training, its clip feature is the image model's on {promise.summary}."
+    if not promise.strength:
+        text = f"It is not the image model's function, not even before training ({promise.summary})."
+    if config.tubelet_size > 1 and config.tubelet_init == "average":
+        text += f" The patch projection is the image model's divided by {config.tubelet_size}, once for each frame."
+    if config.attention == "divided_space_time":
+        text += f" {BRANCHES[config.gate]}, {ATTENTIONS[config.temporal_init]}."
+    if config.num_classes is not None:
+        text += " The classifier on top of it started at zero."
+    zeros = video.zero_parameters().values()
+    if any(bool(parameter.detach().any()) for parameter in zeros):
+        text += " Training has moved what started at zero: the function now is another one."
+    elif zeros and promise.strength:
+        text += " What started at zero still is at zero."
+    return text
+
+
+BRANCHES = {
+    "temporal_fc": "Attention along time stands behind a linear gate that starts at zero",
+    "tanh": "Attention along time stands behind a tanh gate that starts at zero",
+    "none": "Attention along time has no gate",
+}
+ATTENTIONS = {
+    "copy": "and started as a copy of the attention over space",
+    "random": "and started from random weights",
+    "zeros": "and started from weights at zero, where it cannot learn",
+}

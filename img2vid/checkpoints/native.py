@@ -1,6 +1,6 @@
 """img2vid's own format: a folder that says everything needed to build the model again.
 
-model.safetensors   all weights, image keys under the image library's names
+model.safetensors   all weights, image keys under the image library's names; its header repeats config.json
 config.json         kind of model, VideoConfig, pixel statistics, versions
 certificate.json    what was proven when it was converted (optional)
 README.md           model card
@@ -8,76 +8,85 @@ README.md           model card
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
-import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from img2vid._version import __version__
-from img2vid.backbones import describe, load_backbone, wrap_module
-from img2vid.config import VideoConfig
-from img2vid.errors import WeightsError
+from img2vid.backbones import Backbone, describe, load_backbone, wrap_module
+from img2vid.backbones.tower import Preprocess
+from img2vid.checkpoints.description import check_description, check_structure, structure
+from img2vid.checkpoints.folders import LEFTOVER, replacing
+from img2vid.config import ConfigError, VideoConfig
+from img2vid.errors import BackboneError, WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
-from img2vid.weights import load_weights, read_state_dict
+from img2vid.weightfiles import read_safetensors, short
+from img2vid.weights import load_weights
 
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
 
 WEIGHTS, CONFIG, CERTIFICATE, CARD = "model.safetensors", "config.json", "certificate.json", "README.md"
+HEADER = "img2vid"  # the entry of the safetensors header that repeats config.json
 FORMAT = 1
+UNKNOWN = "a source that was not noted"
 
 
-def save(model: VideoModel | VideoTextModel, folder: str | Path, certificate: Certificate | None = None) -> Path:
-    """Write a model folder: files are written elsewhere and moved into place, so no file is ever half there.
+def save(
+    model: VideoModel | VideoTextModel,
+    folder: str | Path,
+    certificate: Certificate | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write a model folder. Killed at any moment, it leaves the model that was there or the new one, whole.
 
-    A new folder appears at once, as a whole. In a folder that exists, files are replaced one after the other.
+    Other files in the folder stay. Of several writers at once, the last one wins.
+
+    Args:
+        state: the weights, where the model holds only its share of them (FSDP); None for the model's own.
 
     Raises:
-        WeightsError: the folder holds something else.
+        WeightsError: the folder holds something else, or cannot be written; the message says why.
     """
     from img2vid.checkpoints.card import model_card
 
     folder = Path(folder)
     check_replaceable(folder)
+    described = json.dumps(describe_model(model), indent=2)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:  # file systems that say yes to os.access and no to everything else
-        raise WeightsError(f"{folder} cannot be written ({error.strerror}). Choose another folder.") from error
-    try:
-        # safetensors refuses tensors that share memory, and wants contiguous ones
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(describe_model(model), indent=2) + "\n")
-        (temporary / CARD).write_text(model_card(model, certificate))
-        if certificate is not None:
-            (temporary / CERTIFICATE).write_text(certificate.to_json())
-        make_public(temporary)
-        if folder.exists():
-            (folder / CERTIFICATE).unlink(missing_ok=True)  # it would speak of the model before
-            for name in (WEIGHTS, CARD, CERTIFICATE, CONFIG):
-                if (temporary / name).exists():
-                    os.replace(temporary / name, folder / name)
-        else:
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with replacing(folder, (WEIGHTS, CONFIG, CARD, CERTIFICATE), outdated=[CERTIFICATE]) as temporary:
+            # one entry only: safetensors writes several in random order, and equal models should be equal files
+            weights = separate(model.state_dict() if state is None else state)
+            save_file(weights, temporary / WEIGHTS, metadata={HEADER: described})
+            (temporary / CONFIG).write_text(described + "\n", encoding="utf-8")
+            (temporary / CARD).write_text(model_card(model, certificate), encoding="utf-8")
+            if certificate is not None:
+                (temporary / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else short(error)
+        raise WeightsError(f"The model cannot be written to {folder}: {reason}.") from error
     return folder
 
 
-def make_public(folder: Path) -> None:
-    """Give a temporary folder and its files the permissions that newly made ones would have had."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
+def separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU of which no two share memory, as safetensors wants them."""
+    seen: set[int] = set()
+    for key, tensor in state.items():
+        if tensor.is_meta:
+            raise WeightsError(f"{key} has no numbers (it is on torch's meta device), so there is nothing to save.")
+        tensor = tensor.detach().cpu().contiguous()
+        state[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
+    return state
 
 
 def check_replaceable(folder: Path) -> None:
@@ -87,7 +96,8 @@ def check_replaceable(folder: Path) -> None:
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise WeightsError(f"{folder} cannot be written: {existing} is no folder that you may write to.")
-    if folder.is_dir() and any(folder.iterdir()) and read_kind(folder) is None:
+    holds_something = folder.is_dir() and any(not path.name.startswith(LEFTOVER) for path in folder.iterdir())
+    if holds_something and read_kind(folder) is None:
         raise WeightsError(
             f"{folder} is not empty and holds no img2vid model, so nothing was written. Choose another folder."
         )
@@ -96,9 +106,9 @@ def check_replaceable(folder: Path) -> None:
 def read_kind(folder: Path) -> str | None:
     """``VideoModel`` or ``VideoTextModel``; None where the folder holds no model of ours."""
     try:
-        return json.loads((folder / CONFIG).read_text()).get("kind")
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("kind")
     except (OSError, ValueError, AttributeError):
-        return None
+        return (read_header(folder) or {}).get("kind")  # all there is where the very first save was cut off
 
 
 def describe_model(model: VideoModel | VideoTextModel) -> dict[str, Any]:
@@ -107,11 +117,13 @@ def describe_model(model: VideoModel | VideoTextModel) -> dict[str, Any]:
 
     video = model.visual if isinstance(model, VideoTextModel) else model
     pixels = video.tower.preprocess
-    return {
+    described = {
         "format": FORMAT,
         "kind": "VideoTextModel" if isinstance(model, VideoTextModel) else "VideoModel",
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(main_dtype(model)).removeprefix("torch."),
+        "image_weights": video.image_weights,
         "video": model.config.to_dict(),
+        "structure": structure(model),
         "preprocess": {"mean": pixels.mean, "std": pixels.std, "interpolation": pixels.interpolation},
         "versions": {
             "img2vid": __version__,
@@ -120,10 +132,26 @@ def describe_model(model: VideoModel | VideoTextModel) -> dict[str, Any]:
             "open_clip": open_clip.__version__,
         },
     }
+    try:
+        text = json.dumps(described)
+    except TypeError as error:
+        raise WeightsError(
+            f"This model cannot be described in {CONFIG}: {error}. Its backbone_args are {model.config.backbone_args}; "
+            "only numbers, texts, lists and the like can be saved."
+        ) from error
+    return {**described, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """The precision of most numbers, which tables that are not saved have too; each saved tensor has its own."""
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        numbers[parameter.dtype] += parameter.numel()
+    return max(numbers, key=numbers.__getitem__)
 
 
 def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoModel | VideoTextModel:
-    """Load a folder written by ``save``, in eval mode, on the CPU.
+    """Load a folder written by ``save``, in eval mode, on the CPU, every tensor in the precision it was saved in.
 
     Args:
         image_model: a freshly built image model, for a model that was made from a module without a name.
@@ -134,21 +162,38 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     folder = Path(folder)
     described = read_description(folder)
     config = VideoConfig.from_dict(described["video"])
-    if image_model is not None:
-        backbone = wrap_module(image_model, config.image_size)
-    elif config.backbone is None:
+    if image_model is None and config.backbone is None:
         raise WeightsError(
             f"{folder} was made from a module passed in by hand, whose architecture has no name. Build the same module "
             f"and give it: img2vid.load({str(folder)!r}, image_model=module)."
         )
-    else:
-        backbone = load_backbone(
-            config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
+    try:
+        backbone = wrap_module(image_model, config.image_size) if image_model is not None else build_backbone(config)
+        backbone.model.to(getattr(torch, described["dtype"]))
+        model = build_model(backbone, config)
+    except (BackboneError, ConfigError) as error:
+        raise WeightsError(f"What {folder / CONFIG} describes cannot be built here: {error}") from error
+    if type(model).__name__ != described["kind"]:
+        raise WeightsError(
+            f"{folder} holds a {described['kind']}, but what a {type(backbone.model).__name__} makes is a "
+            f"{type(model).__name__}. Give the whole image model, with its text tower if there is one."
         )
-    backbone.model.to(getattr(torch, described["dtype"]))
-    model = build_model(backbone, config)
-    load_weights(model, read_state_dict(folder / WEIGHTS), source=str(folder / WEIGHTS))
+    if not (folder / WEIGHTS).is_file():
+        raise WeightsError(f"{folder} has no weights file {WEIGHTS}; copy or download the folder again.")
+    check_structure(described, model, folder)
+    load_weights(model, read_safetensors(folder / WEIGHTS), source=str(folder / WEIGHTS), keep_dtypes=True)
+    video = model.visual if isinstance(model, VideoTextModel) else model
+    pixels = described["preprocess"]
+    video.tower.preprocess = Preprocess(tuple(pixels["mean"]), tuple(pixels["std"]), pixels["interpolation"])
+    video.image_weights = described.get("image_weights") or UNKNOWN
     return model.eval()
+
+
+def build_backbone(config: VideoConfig) -> Backbone:
+    """The image model of a configuration, without its weights."""
+    return load_backbone(
+        config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
+    )
 
 
 def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
@@ -162,13 +207,11 @@ def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
             "This model was made from a module passed in by hand, so there is no name to build its image model from. "
             "Build it and use img2vid.certify(model, image_model)."
         )
-    backbone = load_backbone(
-        config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
-    )
+    backbone = build_backbone(config)
     image = backbone.model if isinstance(model, VideoTextModel) else backbone.tower.module
-    image.to(next(model.parameters()).dtype)
+    image.to(main_dtype(model))
     own = {key: tensor for key, tensor in model.state_dict().items() if model.origin(key) == "pretrained"}
-    load_weights(image, own)
+    load_weights(image, own, keep_dtypes=True)
     video = model.visual if isinstance(model, VideoTextModel) else model
     if config.tubelet_size > 1 and config.tubelet_init == "average":
         # on a static clip, where averaged tubelets keep the function, all frames' weights act together
@@ -188,20 +231,39 @@ def recorded_fingerprint(folder: str | Path) -> str | None:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
+    """``config.json``, or what the weights say of themselves where it was left by another save.
+
+    Raises:
+        WeightsError: it is missing, damaged, or of a later version; with the field, its value, and what was expected.
+    """
     if not folder.is_dir():
-        raise WeightsError(f"There is no folder {folder}. Give a folder written by save_pretrained or img2vid.convert.")
+        what = f"{folder} is a file, not a folder" if folder.is_file() else f"There is no folder {folder}"
+        raise WeightsError(
+            f"{what}. Give a folder written by save_pretrained or img2vid.convert. Weights of an image model: "
+            "img2vid.convert(NAME, weights=FILE); a video model's own state dict: model.load_state_dict(...)."
+        )
+    path = folder / CONFIG
     try:
-        described = json.loads((folder / CONFIG).read_text())
+        described = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise WeightsError(f"{folder} holds no {CONFIG}, so it is no img2vid model.") from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise WeightsError(f"{folder / CONFIG} is not valid JSON: {error}") from error
-    missing = [key for key in ("kind", "video", "dtype") if key not in described]
-    if missing:
-        raise WeightsError(f"{folder / CONFIG} lacks {', '.join(missing)}; it was not written by img2vid.")
-    if described.get("format", FORMAT) > FORMAT:
-        raise WeightsError(
-            f"{folder} is in format {described['format']}, but img2vid {__version__} reads up to {FORMAT}. "
-            "Run pip install -U img2vid."
-        )
+        raise WeightsError(f"{path} is not valid JSON: {error}") from error
+    header = read_header(folder)
+    # an edited config.json keeps its digest and counts; one of another model has another digest, and does not
+    if header and isinstance(described, dict) and described.get("digest", header["digest"]) != header["digest"]:
+        described = header
+    check_description(described, path, newest=FORMAT)
     return described
+
+
+def read_header(folder: Path) -> dict[str, Any] | None:
+    """What the weights say of themselves; None where they say nothing, or cannot be read."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "null"))
+    except (OSError, ValueError, SafetensorError):  # loading them says what is wrong with the file
+        return None
+    return header if isinstance(header, dict) and "digest" in header else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 
-from img2vid.backbones.hub import fetching
+from img2vid.backbones.hub import ONLINE, fetching
 from img2vid.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ class Saving(ModelHubMixin, library_name="img2vid", tags=["video", "img2vid"]):
 
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            with fetching(str(pretrained_model_name_or_path)):
+            # nothing of a backbone's ways out applies: a model folder is here, or on the hub
+            ways_out = ("give a folder written by save_pretrained; there is none of that name here", ONLINE)
+            with fetching(f"the model {pretrained_model_name_or_path} of the hub", ways_out):
                 folder = Path(snapshot_download(str(pretrained_model_name_or_path), **download))
         model = load(folder, image_model=image_model)
         if not isinstance(model, cls):

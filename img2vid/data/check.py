@@ -10,6 +10,7 @@ import argparse
 import csv
 import hashlib
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from pathlib import Path
 from img2vid.data import sampling
 from img2vid.data.errors import ListError, VideoError
 from img2vid.data.lists import READERS, read_list
-from img2vid.data.manifest import FORMATS, Row, VideoList, write_manifest
+from img2vid.data.manifest import FORMATS, Row, VideoList, looks_like_number, write_manifest
 from img2vid.data.reading import open_video
 
 
@@ -107,18 +108,20 @@ def in_processes(work: Callable, items: Iterable, arguments: tuple, num_workers:
     A killed process breaks the whole pool, whoever did it; what was unfinished is then done one item at a time.
     """
     left, spawn = dict(enumerate(items)), get_context("spawn")  # a forked child of a threaded process can deadlock
+    pool = ProcessPoolExecutor(min(num_workers or os.cpu_count() or 1, len(left)), spawn, finish_what_was_begun)
     try:
-        with ProcessPoolExecutor(min(num_workers or os.cpu_count() or 1, len(left)), spawn) as pool:
-            futures = {pool.submit(work, item, *arguments): number for number, item in left.items()}
-            for future in as_completed(futures):
-                result = future.result()
-                del left[futures[future]]
-                on_progress()
-                yield futures[future], result
+        futures = {pool.submit(work, item, *arguments): number for number, item in left.items()}
+        for future in as_completed(futures):
+            result = future.result()
+            del left[futures[future]]
+            on_progress()
+            yield futures[future], result
     except BrokenProcessPool:
         pass
+    finally:  # nothing new after Ctrl-C
+        pool.shutdown(cancel_futures=True)
     while left:
-        with ProcessPoolExecutor(1, spawn) as pool:
+        with ProcessPoolExecutor(1, spawn, finish_what_was_begun) as pool:
             for number in list(left):
                 item = left.pop(number)
                 try:
@@ -131,6 +134,11 @@ def in_processes(work: Callable, items: Iterable, arguments: tuple, num_workers:
                     break  # this pool is gone
 
 
+def finish_what_was_begun() -> None:
+    """Ctrl-C reaches every process of a command; only the one that was started by hand should act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def write_quarantine(findings: Iterable[Finding], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8", newline="") as file:
@@ -141,7 +149,12 @@ def write_quarantine(findings: Iterable[Finding], path: Path) -> None:
 
 
 def named_rows(videos: VideoList, rows: Iterable[Row]) -> list[Row]:
-    """Rows with class names for labels again, so that a written list does not depend on the numbering."""
+    """Rows with class names for labels again, so that a written list does not depend on the numbering.
+
+    Unless a name looks like a number, as folders named 1, 2, 10 do: it would be read as one, and not as the same.
+    """
+    if any(map(looks_like_number, videos.class_names or ())):
+        return list(rows)
     return [row if row.label is None else replace(row, label=_name(videos, row.label)) for row in rows]
 
 
@@ -152,7 +165,13 @@ def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", help="text file with one class name per line, in the order of their numbers")
     parser.add_argument("--split", type=int, default=1, help="HMDB51: which split")
     parser.add_argument("--subset", default="train", help="HMDB51: train or test")
-    parser.add_argument("--num-workers", type=int, default=None, help="processes (default: one per core)")
+    parser.add_argument("--num-workers", type=at_least_one, default=None, help="processes (default: one per core)")
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number, 1 or more, given {text!r}")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,9 +184,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         videos = read_list(args.list, args.format, args.root, args.classes, args.split, args.subset)
         return _check_and_print(videos, args)
-    except ListError as error:
+    except (ListError, OSError) as error:  # OSError: the disk is full, the folder cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
 
 
 def _check_and_print(videos: VideoList, args) -> int:
@@ -183,6 +205,10 @@ def _check_and_print(videos: VideoList, args) -> int:
         report = check_list(videos, args.min_frames, not args.fast, args.num_workers, lambda: progress.advance(task))
     for name, count in report.class_counts.items():
         print(f"class {name}: {count}" + ("" if count else "   <- no good video"))
+    labels = {row.label for row in videos.rows if row.label is not None}
+    if videos.class_names is None and labels and min(labels) > 0:
+        first, last = min(labels), max(labels)
+        print(f"labels begin at {first}: class numbers count from 0, so {last} needs {last + 1} classes")
     for row, earlier in report.duplicates:
         print(f"duplicate: {row.where}: {row.path} has the content of {earlier.path} ({earlier.where})")
     for found in report.quarantined:

@@ -54,13 +54,14 @@ class ClipSampler:
         if self.short_policy not in sampling.SHORT_POLICIES:
             known = ", ".join(map(repr, sampling.SHORT_POLICIES))
             raise ValueError(f"short_policy={self.short_policy!r}: expected one of {known}")
-        if self.target_fps is not None and self.num_clips > 1:
-            raise ValueError("several clips per video are cut by frame_interval or by segments, not by target_fps")
 
     def clips(self, frames: int, fps: Fraction | None, rng: Random | None) -> list[list[int]]:
         """Frame indices of each clip: one random clip with `rng`, `num_clips` fixed ones without."""
-        if self.target_fps is not None:
+        if self.target_fps is not None and rng is not None:
             return [sampling.fps_indices(frames, fps, self.num_frames, self.target_fps, rng, self.short_policy)]
+        if self.target_fps is not None:
+            cut = (self.num_frames, self.target_fps, self.num_clips, self.short_policy)
+            return sampling.fps_views(frames, fps, *cut)
         if self.frame_interval is not None and rng is not None:
             return [sampling.dense_indices(frames, self.num_frames, self.frame_interval, rng, self.short_policy)]
         if self.frame_interval is not None:
@@ -74,7 +75,8 @@ class ClipSampler:
 class VideoDataset(Dataset):
     """Clips of a list of videos, by row number, or by `Position` as samplers give them (module.py).
 
-    train: random clips and a transform that takes a seed; else fixed views. Choices depend on (seed, epoch, row) alone.
+    train: random clips and a transform that takes a seed; else fixed views. Choices depend on (seed, epoch, row) alone,
+    and plain row numbers are epoch 0: train with a `TrainSampler`, or every epoch cuts the same clips.
     on_bad_video: "raise", or "skip" (training): take the next row in the epoch's order instead, and say so in the log.
     max_bad_videos: with "skip", the share of the list that may be bad before the run is stopped.
     Items: clip, index (the row it really is), label (-1 if there is none), caption ("" if there is none; one of several

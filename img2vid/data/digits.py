@@ -15,6 +15,8 @@ Conventions, the same everywhere in this module:
 
 import numpy as np
 
+from img2vid.data.errors import MissingExtraError
+
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_GRID = 8  # the digits are 8 x 8 pixels
 
@@ -48,7 +50,9 @@ def load_digits(split):
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ImportError as error:
-        raise ImportError("the handwritten digits come with scikit-learn: pip install 'img2vid[eval]'") from error
+        raise MissingExtraError(
+            "The handwritten digits come with scikit-learn, which is not installed. Run: pip install scikit-learn"
+        ) from error
 
     bunch = sklearn_digits()
     shuffle = np.random.default_rng(_SPLIT_SEED)

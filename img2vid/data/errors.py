@@ -1,4 +1,4 @@
-"""The two errors of this package. Both are made from one string, so a DataLoader worker can send them home intact."""
+"""The errors of this package. All are made from one string, so a DataLoader worker can send them home intact."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ class DamagedVideoWarning(UserWarning):
     """Frames were concealed by the decoder, or repeated because they could not be decoded; the message counts them."""
 
 
-def missing_extra(package: str, extra: str, why: str) -> ImportError:
+class MissingExtraError(Img2VidError, ImportError):
+    """An optional dependency is not installed. The user can mend it, so commands print the message alone."""
+
+
+def missing_extra(package: str, extra: str, why: str) -> MissingExtraError:
     """The error for an optional dependency that is not installed, naming the extra that brings it."""
-    return ImportError(f"{why} needs {package}, which is not installed. Run: pip install 'img2vid[{extra}]'")
+    return MissingExtraError(f"{why} needs {package}, which is not installed. Run: pip install 'img2vid[{extra}]'")

@@ -3,7 +3,7 @@
 | format    | the list                                                      | the files, under root                 |
 |-----------|---------------------------------------------------------------|---------------------------------------|
 | manifest  | CSV with a column path, JSONL, Parquet (manifest.py)          | path                                  |
-| list      | lines `path label` or `path,label`; paths may hold spaces     | path                                  |
+| list      | lines `path label` or `path,label`, no header; spaces allowed | path                                  |
 | folder    | a folder with one folder per class                            | class/anything                        |
 | kinetics  | CSV label,youtube_id,time_start,time_end,split                | [label/]ID_000012_000022.mp4          |
 | ucf101    | trainlist01.txt or testlist01.txt, classInd.txt beside it     | Class/v_Class_g01_c01.avi             |
@@ -17,6 +17,7 @@ Webdataset tars stream instead of being listed: see shards.py.
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +33,7 @@ from img2vid.data.manifest import (
     read_manifest,
     resolve,
 )
-
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"}
+from img2vid.data.plain_list import VIDEO_SUFFIXES, read_lines
 
 
 def read_list(path, format: str = "auto", root=None, classes=None, split: int = 1, subset: str = "train") -> VideoList:
@@ -51,6 +51,10 @@ def read_list(path, format: str = "auto", root=None, classes=None, split: int = 
     if not path.exists():
         raise ListError(f"{path}: no such file or folder (looked from {Path.cwd()})")
     if format == "auto":
+        if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+            raise ListError(
+                f"{path}: a video, expected a list of videos. One video: img2vid.read_clip(path, num_frames=8)"
+            )
         format = guess_format(path)
     if format not in READERS:
         raise ListError(f"format {format!r}: expected 'auto', {', '.join(map(repr, READERS))}")
@@ -83,7 +87,7 @@ def guess_format(path: Path) -> str:
     if path.stem.startswith(("trainlist0", "testlist0")):
         return "ucf101"
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        columns = {name.strip() for name in file.readline().split(",")}
+        columns = {name.strip() for name in next(csv.reader(file), ())}
     if "youtube_id" in columns:
         return "kinetics"
     if "video_id" in columns:
@@ -92,18 +96,9 @@ def guess_format(path: Path) -> str:
 
 
 def _list(path: Path, root: Path | None):
-    """The separator is the comma if every line has one, and the label is what follows the last separator."""
     with open_text(path) as file:
-        lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
-    separator = "," if all("," in line for _, line in lines) else None
-    rows = []
-    for number, line in lines:
-        parts = line.rsplit(separator, 1)
-        if len(parts) < 2 or not all(part.strip() for part in parts):
-            raise ListError(f"{path} row {number}: expected 'path label' or 'path,label', found {line!r}")
-        name, label = (part.strip().strip('"') for part in parts)
-        rows.append(Row(resolve(name, root or path.parent), label, where=f"{path} row {number}"))
-    return rows, None
+        lines = read_lines(path, file)
+    return [Row(resolve(name, root or path.parent), label, where=f"{path} row {n}") for n, name, label in lines], None
 
 
 def _folder(path: Path, root: Path | None):
@@ -117,8 +112,14 @@ def _folder(path: Path, root: Path | None):
             is_video = entry.suffix.lower() in VIDEO_SUFFIXES and not entry.is_dir()
             if is_video or (entry.is_dir() and any(file.suffix.lower() in SUFFIXES for file in entry.iterdir())):
                 rows.append(Row(resolve(entry.resolve(), root), folder.name, where=f"{path} row {len(rows) + 1}"))
-    if folders and not rows:
-        raise ListError(f"{path}: none of its {len(folders)} folders holds a video or a folder of frames")
+    if not rows:
+        loose = sum(entry.suffix.lower() in VIDEO_SUFFIXES for entry in path.iterdir() if entry.is_file())
+        held = f"none of its {len(folders)} folders holds a video or a folder of frames"
+        raise ListError(
+            f"{path}: {held if folders else 'no folders in it'}, expected {path}/CLASS/VIDEO."
+            + f" The {loose} videos side by side there have no class: list them in a CSV file, a line 'path' on top"
+            " and one file name a line (a column 'label' is optional)." * (loose > 0)
+        )
     return rows, [folder.name for folder in folders]
 
 
@@ -190,6 +191,9 @@ def _hmdb51(path: Path, root: Path | None, split: int, subset: str):
 def _ssv2(path: Path, root: Path | None):
     """The class is the template without its square brackets; labels.json numbers the classes."""
     numbers = _json(path.with_name("labels.json"), dict)
+    if not all(str(number).isdecimal() for number in numbers.values()):
+        where = path.with_name("labels.json")
+        raise ListError(f"{where}: expected class names and numbers, such as {{'Folding something': '3'}}")
     classes = sorted(numbers, key=lambda name: int(numbers[name]))
     rows = []
     for number, record in enumerate(_json(path, list), 1):
@@ -205,8 +209,9 @@ def _msrvtt(path: Path, root: Path | None):
     records = list(numbered_records(path))
     captions: dict[str, list[str]] = {}
     if records and "sentence" not in records[0][1]:
-        data = _json(path.with_name("MSRVTT_data.json"), dict)
-        for sentence in data.get("sentences", ()):
+        beside = path.with_name("MSRVTT_data.json")
+        for number, sentence in enumerate(_json(beside, dict).get("sentences", ()), 1):
+            _need(sentence, ("video_id", "caption"), f"{beside} sentence {number}")
             captions.setdefault(sentence["video_id"], []).append(sentence["caption"])
     rows = []
     for number, record in records:
@@ -233,7 +238,9 @@ def _json(path: Path, kind: type):
 
 
 def _need(record: dict, names: Sequence[str], where: str) -> None:
-    missing = [name for name in names if not isinstance(record, dict) or record.get(name) in (None, "")]
+    if not isinstance(record, dict):
+        raise ListError(f"{where}: expected an object with {' and '.join(names)}, found {record!r}")
+    missing = [name for name in names if record.get(name) in (None, "")]
     if missing:
         raise ListError(f"{where}: {' and '.join(missing)} missing")
 

@@ -2,7 +2,7 @@
 
     sampler = TrainSampler(len(dataset), rank=0, world_size=2)
     loader = ClipLoader(dataset, batch_size=8, sampler=sampler, drop_last=True, num_workers=4)
-    state = loader.state_dict()                # {"epoch": 3, "batches": 17}: the same on every rank
+    state = loader.state_dict()                # {"epoch": 3, "batches": 17, ...}: the same on every rank
     loader.load_state_dict(state)              # the next batch is batch 17 of epoch 3
 
 Both samplers are DistributedSamplers, so that Lightning tells them the epoch and leaves them in place.
@@ -77,14 +77,32 @@ class ClipLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict:
-        return {"epoch": self.sampler.epoch, "batches": self.batches}
+        return {"epoch": self.sampler.epoch, "batches": self.batches, **self._plan()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError if an epoch was begun under other circumstances (`refuse_another_plan`)."""
+        state = {**self._plan(), **state}
         epoch, batches = state["epoch"], state["batches"]
-        if batches >= len(self):  # saved after the epoch's last batch
+        if batches >= state["rows"] // state["world_size"] // state["batch_size"]:  # saved after the epoch's last batch
             epoch, batches = epoch + 1, 0
+        refuse_another_plan(state, self._plan(), batches)
         self.sampler.set_epoch(epoch)
         self.sampler.start, self.batches = batches * self.batch_size, batches
+
+    def _plan(self) -> dict:
+        """What decides which videos the batches of an epoch hold."""
+        sizes = {"rows": self.sampler.rows, "world_size": self.sampler.num_replicas, "batch_size": self.batch_size}
+        return {**sizes, "seed": self.dataset.seed}
+
+
+def refuse_another_plan(saved: dict, plan: dict, batches: int) -> None:
+    """A number of batches means nothing for a list, a world size or a seed other than it was counted with."""
+    changed = [f"{name} was {saved[name]} and is {value}" for name, value in plan.items() if saved[name] != value]
+    if changed and batches:
+        raise ValueError(
+            f"the checkpoint was saved in the middle of an epoch (after {batches} batches), and what remains of it "
+            f"cannot be told: {', '.join(changed)}. Keep these as they were, or resume from the end of an epoch"
+        )
 
 
 def one_thread(worker_id: int) -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from img2vid.data.errors import ListError
+from img2vid.data.errors import ListError, MissingExtraError
 
 COLUMNS = ("path", "label", "caption", "captions", "start_seconds", "end_seconds", "frames")
 FORMATS = (".csv", ".jsonl", ".parquet")
@@ -75,11 +76,13 @@ def row_from(record: dict, root: Path, where: str) -> Row:
     start, end = (_number(record, name, where, float) for name in ("start_seconds", "end_seconds"))
     if (start is not None and start < 0) or (end is not None and end <= (start or 0)):
         raise ListError(f"{where}: the time range from {start} to {end} seconds is empty or starts before 0")
-    frames = _number(record, "frames", where, int)
+    frames = _number(record, "frames", where, _whole)
     if frames is not None and frames < 1:
         raise ListError(f"{where}: frames={frames}, expected 1 or more (leave it empty if unknown)")
     label = record.get("label")
     label = None if label is None or label == "" else label
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
     if not isinstance(label, (int, str, type(None))) or isinstance(label, bool):
         raise ListError(f"{where}: label must be a class number or name: {label!r}")
     return Row(resolve(record["path"], root), label, tuple(captions or ()), start, end, frames, where)
@@ -95,12 +98,13 @@ def numbered_records(path: Path) -> Iterator[tuple[int, dict]]:
     suffix = path.suffix.lower()
     if suffix == ".csv":
         with open_text(path) as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, skipinitialspace=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             for record in reader:
                 if None in record or None in record.values():
                     problem = f"expected {len(reader.fieldnames)} fields ({', '.join(reader.fieldnames)})"
                     raise ListError(f"{path} row {reader.line_num}: {problem}. Put quotes around text with commas")
-                yield reader.line_num, record
+                yield reader.line_num, {name: value.strip() for name, value in record.items()}
     elif suffix == ".jsonl":
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
@@ -156,12 +160,18 @@ def number_labels(rows: Sequence[Row], classes: Sequence[str] | None, source: st
 
     Labels that are numbers already stay as they are. A list must not mix the two.
     """
-    labels = [row.label for row in rows]
-    numbers = all(label is None or isinstance(label, int) or _is_digits(label) for label in labels)
-    if numbers and classes is None:
-        return VideoList(tuple(_numbered(row) for row in rows), None, source)
     if classes is None:
-        classes = sorted({str(label) for label in labels if label is not None})
+        labelled = [row for row in rows if row.label is not None]
+        named = [row for row in labelled if _class_number(row) is None]
+        if len(named) == 0:
+            return VideoList(tuple(_numbered(row) for row in rows), None, source)
+        if len(named) < len(labelled):
+            other = next(row for row in labelled if _class_number(row) is not None)
+            raise ListError(
+                f"{named[0].where}: label {named[0].label!r} is a name, but {other.label!r} ({other.where}) is a "
+                "number; a list has one kind. If both are names, give `classes`"
+            )
+        classes = sorted({row.label for row in named})
     number_of = {name: number for number, name in enumerate(classes)}
     if len(number_of) != len(classes):
         raise ListError(f"{source}: the class names hold duplicates")
@@ -170,8 +180,8 @@ def number_labels(rows: Sequence[Row], classes: Sequence[str] | None, source: st
         if row.label is not None and str(row.label) in number_of:
             row = replace(row, label=number_of[str(row.label)])
         elif row.label is not None:
-            row = _numbered(row) if numbers else row
-            if not isinstance(row.label, int) or not 0 <= row.label < len(classes):
+            row = _numbered(row)
+            if not isinstance(row.label, int) or row.label >= len(classes):
                 known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
                 raise ListError(f"{row.where}: label {row.label!r} is none of the {len(classes)} classes ({known})")
         out.append(row)
@@ -188,6 +198,10 @@ def open_text(path: Path):
     return open(path, encoding="utf-8-sig", newline="" if path.suffix.lower() == ".csv" else None)
 
 
+def looks_like_number(label) -> bool:
+    return re.fullmatch(r"[+-]?\d+(\.\d*)?", str(label), re.ASCII) is not None
+
+
 def _record(row: Row) -> dict:
     several = len(row.captions) > 1
     return {
@@ -202,11 +216,28 @@ def _record(row: Row) -> dict:
 
 
 def _numbered(row: Row) -> Row:
-    return row if row.label is None else replace(row, label=int(row.label))
+    number = None if row.label is None else _class_number(row)
+    return row if number is None else replace(row, label=number)
 
 
-def _is_digits(label) -> bool:
-    return isinstance(label, str) and label.isascii() and label.isdigit()
+def _class_number(row: Row) -> int | None:
+    """The label as a number, None if it is a name. "3.0" is 3: tables with gaps turn whole numbers into floats."""
+    if not looks_like_number(row.label):
+        return None
+    number = float(row.label)
+    if not (number.is_integer() and 0 <= number < 2**53):
+        raise ListError(
+            f"{row.where}: label {row.label!r}: class numbers are 0, 1, 2, ...; leave the label out if there is none"
+        )
+    return int(number)
+
+
+def _whole(value) -> int:
+    """12, "12" and "12.0": tables with gaps turn whole numbers into floats."""
+    number = float(value)
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
 
 
 def _is_list_of_text(value) -> bool:
@@ -239,5 +270,7 @@ def _pyarrow():
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ImportError("Parquet manifests need pyarrow. Run: pip install pyarrow, or use .csv or .jsonl") from None
+        raise MissingExtraError(
+            "Parquet manifests need pyarrow. Run: pip install pyarrow, or use .csv or .jsonl"
+        ) from None
     return pyarrow, parquet

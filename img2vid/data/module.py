@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import lightning.pytorch as pl
+try:
+    import lightning.pytorch as pl
+except ImportError as error:
+    from img2vid.data.errors import missing_extra
+
+    raise missing_extra("lightning", "train", "img2vid.data.module") from error
 import torch
 from torch.utils.data import DataLoader
 
 from img2vid.data.datasets import ClipSampler, VideoDataset
+from img2vid.data.errors import ListError
 from img2vid.data.lists import read_list
 from img2vid.data.loading import ClipLoader, EvalSampler, TrainSampler, worker_options
 from img2vid.data.manifest import VideoList
@@ -95,14 +101,18 @@ class VideoData(pl.LightningDataModule):
             return
         if self.spec is None:
             raise ValueError("VideoData does not know the input size: set `spec` to an InputSpec from the backbone")
-        options, classes = self.hparams, self.hparams.classes
+        options, classes, lists = self.hparams, self.hparams.classes, {}
         for name in ("train", "val", "test"):
             if options[f"{name}_list"] is not None:
                 subset = "train" if name == "train" else "test"
                 given = dict(format=options.format, root=options.root, classes=classes, subset=subset)
-                self.lists[name] = read_list(options[f"{name}_list"], **given)
-                classes = classes or self.lists[name].class_names
-        known = [videos.class_names for videos in self.lists.values() if videos.class_names]
+                lists[name] = read_list(options[f"{name}_list"], **given)
+                classes = classes or lists[name].class_names
+        known = [videos.class_names for videos in lists.values() if videos.class_names]
+        for videos in lists.values():
+            if known and not videos.class_names and any(row.label is not None for row in videos.rows):
+                raise ListError(f"{videos.source}: has class numbers where another list has names; give `classes`")
+        self.lists = lists
         self.class_names = known[0] if known else tuple(classes) if isinstance(classes, (list, tuple)) else None
         self._normalise = Normalise(self.spec)
         if options.mixup_alpha or options.cutmix_alpha:

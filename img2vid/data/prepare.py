@@ -121,9 +121,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return _prepare_and_print(args)
-    except (ListError, ValueError) as error:
+    except (ListError, ValueError, OSError) as error:  # OSError: the disk is full, the folder cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: what is finished is kept; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 def _prepare_and_print(args) -> int:

@@ -68,8 +68,7 @@ def view_indices(
     One clip is centred. A video with no room gives the same clip `num_clips` times.
     """
     _check(frames=frames, num_frames=num_frames, frame_interval=frame_interval, num_clips=num_clips)
-    room = max(0, frames - span(num_frames, frame_interval))
-    starts = [room // 2] if num_clips == 1 else [i * room // (num_clips - 1) for i in range(num_clips)]
+    starts = view_starts(frames - span(num_frames, frame_interval), num_clips)
     return [_run(start, frames, num_frames, frame_interval, short_policy) for start in starts]
 
 
@@ -111,6 +110,27 @@ def fps_indices(
     room = frames - 1 - steps[-1]
     start = 0 if room <= 0 else room // 2 if rng is None else rng.randint(0, room)
     return shorten([start + step for step in steps], frames, short_policy)
+
+
+def fps_views(
+    frames: int,
+    video_fps: Fraction | float,
+    num_frames: int,
+    target_fps: Fraction | float,
+    num_clips: int,
+    short_policy: str = "repeat_last",
+) -> list[list[int]]:
+    """`num_clips` runs by time for multi-view testing, spread as those of `view_indices` are."""
+    _check(frames=frames, num_frames=num_frames, num_clips=num_clips)
+    steps = steps_at_fps(num_frames, interval_at_fps(video_fps, target_fps))
+    starts = view_starts(frames - 1 - steps[-1], num_clips)
+    return [shorten([start + step for step in steps], frames, short_policy) for start in starts]
+
+
+def view_starts(room: int, num_clips: int) -> list[int]:
+    """Where runs begin that have `room` places beside the first: one in the middle, more from start to end."""
+    room = max(0, room)
+    return [room // 2] if num_clips == 1 else [i * room // (num_clips - 1) for i in range(num_clips)]
 
 
 def steps_at_fps(num_frames: int, interval: Fraction) -> list[int]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from img2vid.data.datasets import ClipSampler
 from img2vid.data.errors import ListError, VideoError, missing_extra
+from img2vid.data.loading import refuse_another_plan
 from img2vid.data.manifest import Row
 from img2vid.data.order import draw_seed
 from img2vid.data.reading import open_video, read_chosen
@@ -95,6 +96,7 @@ class ShardedVideos(IterableDataset):
         self.samples_per_epoch, self.seed, self.rank, self.world_size = samples_per_epoch, seed, rank, world_size
         self.number_of = {name: number for number, name in enumerate(class_names or ())}
         self.shuffle_buffer, self.max_bad_videos, self.epoch = shuffle_buffer, max_bad_videos, 0
+        self.batches_given = self.batch_size = 0  # of the epoch that is about to be resumed; set by the loader
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -107,13 +109,19 @@ class ShardedVideos(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        number = (number + self.batches_given) % workers  # the first worker makes the next batch, whoever's turn it was
         mine = _shares(self.share, workers)[number]
         stream = self.rank * workers + number  # a different order in every worker of every process
         seed = draw_seed(self.seed, self.epoch, stream)
+        # Batches come from the workers in turn, so what each had made is known; it is read again, but not decoded.
+        skipped = len(range(number, self.batches_given, workers)) * self.batch_size
         done = bad = 0
         for sample in self._samples(seed):
             if done == mine:
                 return
+            if done < skipped:
+                done += 1
+                continue
             try:
                 yield self._item(sample, draw_seed(seed, self.epoch, done))
                 done += 1
@@ -128,7 +136,13 @@ class ShardedVideos(IterableDataset):
             import webdataset
         except ImportError:
             raise missing_extra("webdataset", "wds", "reading tar shards") from None
-        urls = webdataset.ResampledShards(self.shards, seed=seed, deterministic=True)
+
+        def urls():
+            # Not webdataset's own resampling: it also depends on the number of the worker, which changes on resuming.
+            draws = random.Random(draw_seed(seed, self.epoch, -1))
+            while True:
+                yield {"url": draws.choice(self.shards)}
+
         raise_ = webdataset.handlers.reraise_exception
         return webdataset.DataPipeline(
             urls,
@@ -166,10 +180,10 @@ class ShardLoader(DataLoader):
     """A DataLoader over `ShardedVideos` whose `len` counts whole batches, as many as will come.
 
     Every worker fills batches of its own, so each may drop an unfinished one at the end. Iterating again is the next
-    epoch.
+    epoch. Its state is the number of batches given out, as that of a `ClipLoader`.
     """
 
-    _begun = False
+    _begun, batches = False, 0
 
     def __len__(self) -> int:
         shares = _shares(self.dataset.share, max(1, self.num_workers))
@@ -179,8 +193,33 @@ class ShardLoader(DataLoader):
         # Trainers tell the epoch to samplers only, and a stream has none; nor do they always run to the very end.
         if self._begun:
             self.dataset.set_epoch(self.dataset.epoch + 1)
+            self.batches = 0
         self._begun = True
-        yield from super().__iter__()
+        self.dataset.batches_given, self.dataset.batch_size = self.batches, self.batch_size
+        for batch in super().__iter__():
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.dataset.epoch, "batches": self.batches, **self._plan()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The next batch is the one that would have come, unless bad videos were skipped before it (then it is later).
+
+        Raises ValueError if an epoch was begun under other circumstances (`refuse_another_plan`).
+        """
+        state = {**self._plan(), **state}
+        epoch, batches = state["epoch"], state["batches"]
+        if batches >= state["length"]:
+            epoch, batches = epoch + 1, 0
+        refuse_another_plan(state, self._plan(), batches)
+        self.dataset.set_epoch(epoch)
+        self.batches, self._begun = batches, False
+
+    def _plan(self) -> dict:
+        data, workers = self.dataset, self.num_workers
+        sizes = {"shards": len(data.shards), "world_size": data.world_size, "num_workers": workers}
+        return {**sizes, "batch_size": self.batch_size, "length": len(self), "seed": data.seed}
 
 
 def _shares(samples: int, workers: int) -> list[int]:

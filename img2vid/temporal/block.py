@@ -31,11 +31,11 @@ class SpaceTimeBlock(InFront):
     temporal_fc: nn.Module  # the gate: a zero Linear, a tanh(0) scalar, or (as an ablation) nothing
     temporal_drop_path: nn.Module
     num_shared_tokens: int  # prefix tokens that belong to the whole clip and so have no time to attend along
-    post_norm: bool
+    post_norm: bool  # where the image block puts its norm after its attention, so does this
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # x: (B*T, P + N, D)
         x = x + self.temporal_residual(x)
-        return super().forward(x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)  # the image block, untouched: its class comes next (see InFront)
 
     def temporal_residual(self, x: Tensor) -> Tensor:
         y = x[:, self.num_shared_tokens :]

@@ -48,6 +48,8 @@ class ClipContext:
         if self._num_frames is None:
             raise RuntimeError(
                 "This image model has become part of a video model and was called on its own, so it does not know how "
-                "many frames make a clip. Call the VideoModel with clips (B, T, C, H, W); one image is a clip of T = 1."
+                "many frames make a clip. Call the VideoModel with clips (B, T, C, H, W); one image is a clip of "
+                "T = 1. (In backward it was its library's checkpointing that called: use the video model's "
+                "set_grad_checkpointing.)"
             )
         return self._num_frames

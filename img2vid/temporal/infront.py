@@ -39,6 +39,14 @@ def take_from_front(block: InFront) -> None:
     block.__class__ = type(block).behind
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before anything was put in front of it."""
+    cls = type(module)
+    while issubclass(cls, InFront):
+        cls = cls.behind
+    return cls
+
+
 def revive(image_class: type[nn.Module], *fronts: type[InFront]) -> nn.Module:
     cls = functools.reduce(lambda behind, front: class_in_front(front, behind), fronts, image_class)
     return cls.__new__(cls)

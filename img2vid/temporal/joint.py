@@ -24,13 +24,20 @@ class JointBlock(InFront):
         frames = x.unflatten(0, (-1, num_frames))  # (B, T, P + N, D)
         shared, own = frames[:, 0, :num_shared], frames[:, :, num_shared:]
         tokens = torch.cat([shared, own.flatten(1, 2)], dim=1)
-        if kwargs.get("rope") is not None:  # (N, ...) angles of one frame, wanted for N patches of every frame
-            kwargs["rope"] = kwargs["rope"].repeat(num_frames, 1)
+        if kwargs.get("rope") is not None:
+            kwargs["rope"] = self.rope_of_clip(kwargs["rope"])
         with self.clip.of(1):  # inside, a clip is one sequence: one row of the batch
             tokens = super().forward(tokens, *args, **kwargs)
         shared = tokens[:, None, :num_shared].expand(-1, num_frames, -1, -1)
         own = tokens[:, num_shared:].unflatten(1, (num_frames, -1))
         return torch.cat([shared, own], dim=2).flatten(0, 1)
+
+    def rope_of_clip(self, rope: Tensor) -> Tensor:
+        """Angles (..., N, D) of one frame's N patches -> (..., T*N, D), the same in every frame."""
+        num_frames = self.clip.num_frames
+        if rope.ndim == 4:  # (B*T, H, N, D): patch dropout has left each clip its own patches, the same in all frames
+            rope = rope[::num_frames]
+        return rope.repeat(*[1] * (rope.ndim - 2), num_frames, 1)
 
 
 def make_joint(block: nn.Module, clip: ClipContext, num_shared_tokens: int) -> None:

@@ -6,18 +6,20 @@ the copies equal again after each spatial attention, before the MLP:
 ``shared``  TimeSformer (arXiv:2102.05095): each frame updates the token by itself and the T updates are averaged.
 ``global``  Frozen in Time (arXiv:2104.00650): the token attends to the patches of all frames at once.
 
-Both are forward hooks on the image block's own modules; the block's code and keys are not touched.
+What is random in training is drawn once for the token, not once for each copy: whatever dropout does to the copies
+after that rule, all of them take the first one's value. All are hooks on the image block's own modules; the block's
+code and keys are not touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from img2vid.temporal.attention import SpatialAttention
 from img2vid.temporal.clip import ClipContext
 
 
@@ -45,30 +47,58 @@ class AveragePrefix:
         return with_first(output, torch.cat([prefix.flatten(0, 1), tokens[:, self.num_prefix_tokens :]], dim=1))
 
 
+class DrawPrefixOnce:
+    """Makes the copies of a clip's prefix tokens equal where dropout has just drawn for each of them, in training.
+
+    Before dropout they are equal, so the first frame's copy is one draw for the one token they all are.
+    """
+
+    def __init__(self, clip: ClipContext, num_prefix_tokens: int) -> None:
+        self.clip, self.num_prefix_tokens = clip, num_prefix_tokens
+
+    def after_block(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return self.drawn_once(output) if block.training else output
+
+    def before_block(self, block: nn.Module, args: tuple) -> tuple:
+        return (self.drawn_once(args[0]), *args[1:]) if block.training else args
+
+    def drawn_once(self, tokens: Tensor) -> Tensor:
+        frames = tokens.unflatten(0, (-1, self.clip.num_frames))  # (B, T, P + N, D)
+        prefix = frames[:, :1, : self.num_prefix_tokens].expand(-1, self.clip.num_frames, -1, -1)
+        return torch.cat([prefix, frames[:, :, self.num_prefix_tokens :]], dim=2).flatten(0, 1)
+
+
+@dataclass
+class AttentionSteps:
+    """A spatial attention taken apart into the calls it makes itself, so that what is wrapped around its projections
+    (LoRA, quantisation) takes part, and its dropout too."""
+
+    num_heads: int
+    scale: float
+    qkv: Callable[[Tensor], Tensor]  # (..., D) -> (..., 3 * H * head_dim), ordered q | k | v
+    q_norm: Callable[[Tensor], Tensor]  # over head_dim
+    k_norm: Callable[[Tensor], Tensor]
+    out: Callable[[Tensor], Tensor]  # (..., H * head_dim) -> (..., D), with its norm and dropout
+    drop: float  # rate at which attention weights are dropped now: 0 outside training
+
+
 class AttendToAllFrames:
     """Forward hook on a spatial attention: prefix queries see the prefix and the patches of all T frames.
 
-    The rows are computed a second time with the attention's own live weights (``read(block)``), as the image attention
+    The rows are computed a second time by the attention's own steps (``read(attention)``), as the image attention
     cannot be asked for keys of other frames.
     """
 
-    def __init__(
-        self, clip: ClipContext, num_prefix_tokens: int, block: nn.Module, read: Callable[[nn.Module], SpatialAttention]
-    ) -> None:
-        self.clip, self.num_prefix_tokens, self.block, self.read = clip, num_prefix_tokens, block, read
+    def __init__(self, clip: ClipContext, num_prefix_tokens: int, read: Callable[[nn.Module], AttentionSteps]) -> None:
+        self.clip, self.num_prefix_tokens, self.read = clip, num_prefix_tokens, read
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        spatial, num_prefix, num_frames = self.read(self.block), self.num_prefix_tokens, self.clip.num_frames
+        steps, num_prefix, num_frames = self.read(module), self.num_prefix_tokens, self.clip.num_frames
         x = args[0].unflatten(0, (-1, num_frames))  # (B, T, P + N, D), already normalised
         x = torch.cat([x[:, 0, :num_prefix], x[:, :, num_prefix:].flatten(1, 2)], dim=1)  # (B, P + T*N, D)
-        qkv = F.linear(x, spatial.qkv_weight, spatial.qkv_bias)
-        q, k, v = qkv.unflatten(-1, (3, spatial.num_heads, spatial.head_dim)).permute(2, 0, 3, 1, 4)
-        q = q[:, :, :num_prefix]  # (B, H, P, head_dim)
-        if spatial.q_norm is not None:
-            q, k = spatial.q_norm(q), spatial.k_norm(k)
-        prefix = F.scaled_dot_product_attention(q, k, v, scale=spatial.scale).transpose(1, 2).flatten(2)  # (B, P, -1)
-        if spatial.inner_norm is not None:
-            prefix = spatial.inner_norm(prefix)
-        prefix = F.linear(prefix, spatial.proj_weight, spatial.proj_bias).repeat_interleave(num_frames, dim=0)
+        q, k, v = steps.qkv(x).unflatten(-1, (3, steps.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = steps.q_norm(q[:, :, :num_prefix]), steps.k_norm(k)  # (B, H, P, head_dim), (B, H, P + T*N, head_dim)
+        prefix = F.scaled_dot_product_attention(q, k, v, scale=steps.scale, dropout_p=steps.drop)
+        prefix = steps.out(prefix.transpose(1, 2).flatten(2)).repeat_interleave(num_frames, dim=0)  # (B*T, P, D)
         tokens = output[0] if isinstance(output, tuple) else output  # (B*T, P + N, D)
         return with_first(output, torch.cat([prefix, tokens[:, num_prefix:]], dim=1))

@@ -73,9 +73,10 @@ def check_modes(image: nn.Module) -> dict[str, bool | str]:
 
 
 def video_model(image: nn.Module, **settings) -> VideoModel:
+    # where a tower takes one size only by itself, the comparison stays with that
+    takes_any_size = describe(image).any_size and not isinstance(image, open_clip.transformer.VisionTransformer)
     video = VideoModel(image, VideoConfig(num_frames=2, **settings)).eval()
-    # open_clip's own tower takes one size only, so there the comparison stays with what it can do by itself
-    if video.tower.any_size and not isinstance(image, open_clip.transformer.VisionTransformer):
+    if takes_any_size:
         video.tower.image_size = tuple(n * patch for n, patch in zip(WIDE_GRID, video.tower.patch_size, strict=True))
     return video
 

@@ -58,31 +58,62 @@ def encode(
     return path
 
 
-def stream_copy(source, target, start_seconds: float = 0.0, annotate=None):
-    """Copy packets from the keyframe at or before `start_seconds` on, times shifted: the pre-roll gets negative times,
-    so the mp4 muxer writes an edit list and readers see packets flagged "discard"."""
+def stream_copy(source, target, start_seconds: float = 0.0, change=lambda number, packet: packet):
+    """Copy packets, each as `change` returns it, from the keyframe at or before `start_seconds` on, times shifted.
+
+    The pre-roll gets negative times, so the mp4 muxer writes an edit list and readers see packets flagged "discard".
+    """
     with av.open(str(source)) as given, av.open(str(target), "w") as taken:
         stream = given.streams.video[0]
         out = taken.add_stream_from_template(stream)
         shift = round(start_seconds / stream.time_base)
         if shift:
             given.seek(shift, stream=stream, backward=True)
-        for packet in given.demux(stream):
+        for number, packet in enumerate(given.demux(stream)):
             if packet.dts is None:
                 continue
             packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            packet = change(number, packet)
             packet.stream = out
             taken.mux(packet)
     return target
 
 
+def hide_some(number: int, packet):
+    """Every twelfth VP8 frame is decoded but not shown, as alternate reference frames are."""
+    if number % 12 != 5:
+        return packet
+    data = bytearray(bytes(packet))
+    data[0] &= ~0x10
+    hidden = av.Packet(bytes(data))
+    for name in ("pts", "dts", "time_base", "duration", "is_keyframe"):
+        setattr(hidden, name, getattr(packet, name))
+    return hidden
+
+
+def call_all_keyframes(number: int, packet):
+    packet.is_keyframe = True
+    return packet
+
+
+def without_keyframe_list(path):
+    """Hide the list of keyframes in an mp4: without one, every frame counts as a keyframe."""
+    Path(path).write_bytes(Path(path).read_bytes().replace(b"stss", b"free"))
+    return path
+
+
 def rotate_tag(path, degrees: int):
     """Write a rotation into the track header of an mp4: readers must turn the picture, the pixels stay as they are."""
+    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    return display_matrix(path, cos, sin, -sin, cos)
+
+
+def display_matrix(path, a: int, b: int, c: int, d: int):
+    """Ask players to show the pixel (x, y) of an mp4 at (a x + c y, b x + d y)."""
     data = bytearray(Path(path).read_bytes())
     at = data.find(b"tkhd") + 4
     matrix = at + 40 + (12 if data[at] == 1 else 0)
-    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    values = [cos, sin, 0, -sin, cos, 0, 0, 0]
+    values = [a, b, 0, c, d, 0, 0, 0]
     data[matrix : matrix + 32] = struct.pack(">8i", *(v * 65536 for v in values))
     Path(path).write_bytes(data)
     return path
@@ -172,6 +203,10 @@ HARD = {
     "one_frame": ("a.mp4", dict(frames=1)),
     "one_frame_avi": ("a.avi", dict(frames=1, codec="mpeg4")),
     "mjpeg": ("a.avi", dict(codec="mjpeg", pix_fmt="yuvj420p")),
+    "vp8": ("a.webm", dict(codec="libvpx", options={"g": "12", "lag-in-frames": "0"})),
+    "vp8_hidden": ("a.webm", dict(change=hide_some, codec="libvpx", options={"g": "12", "lag-in-frames": "0"})),
+    "false_keyframes": ("a.mp4", dict(all_keys=True, codec="mpeg4", options={"g": "20"})),
+    "false_keyframes_mkv": ("a.mkv", dict(change=call_all_keyframes, codec="msmpeg4v3", options={"g": "20"})),
     "lossless_rgb": ("a.mkv", dict(codec="ffv1", pix_fmt="bgr0")),
 }
 
@@ -180,11 +215,15 @@ def make(name: str, folder: Path) -> Path:
     file_name, recipe = HARD[name]
     recipe = dict(recipe)
     trim, rotation, early = (recipe.pop(key, None) for key in ("trim_seconds", "rotation", "end_early"))
+    change, all_keys = recipe.pop("change", None), recipe.pop("all_keys", False)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name
-    encode(path if trim is None else folder / f"whole{path.suffix}", **recipe)
-    if trim is not None:
-        stream_copy(folder / f"whole{path.suffix}", path, trim)
+    copied = trim is not None or change is not None
+    encode(folder / f"whole{path.suffix}" if copied else path, **recipe)
+    if copied:
+        stream_copy(folder / f"whole{path.suffix}", path, trim or 0.0, *([change] if change else []))
+    if all_keys:
+        without_keyframe_list(path)
     if rotation is not None:
         rotate_tag(path, rotation)
     if early:
@@ -201,6 +240,16 @@ def decoded_in_order(path) -> list[np.ndarray]:
         for frame in container.decode(stream):
             frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
     return frames
+
+
+def thwc(clip) -> np.ndarray:
+    """uint8 (T, 3, H, W) tensor -> (T, H, W, 3) array."""
+    assert str(clip.dtype) == "torch.uint8" and clip.ndim == 4 and clip.shape[1] == 3
+    return clip.permute(0, 2, 3, 1).numpy()
+
+
+def same(clip, reference, indices) -> bool:
+    return all(np.array_equal(got, reference[i]) for got, i in zip(thwc(clip), indices, strict=True))
 
 
 def real_clips() -> list[Path]:

@@ -18,6 +18,12 @@ hypothesis.settings.load_profile("untimed")
 SPEC = InputSpec(size=32, mean=(0.48, 0.45, 0.40), std=(0.26, 0.25, 0.27))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a file of tests makes its clips."""
+    return tmp_path_factory.mktemp("clips")
+
+
 @pytest.fixture(scope="session")
 def video_folder(tmp_path_factory):
     """Ten readable videos of 8 to 26 frames in two classes, for tests that must not write there."""

@@ -3,13 +3,19 @@
 import csv
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from img2vid.data import check
+from img2vid.data import check, prepare
 from img2vid.data.lists import read_list
 from img2vid.data.manifest import Row
+from tests.conftest import hear_interrupts
 from tests.data import clips
 
 
@@ -74,12 +80,63 @@ def test_the_checked_list_is_a_good_list(mixed):
     assert check.main([str(mixed / "b.jsonl"), "--fast", "--num-workers", "1"]) == 0
 
 
+def test_folders_named_by_numbers_keep_their_class_numbers(mixed, tmp_path, capsys):
+    for name in ("1", "2", "10"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        shutil.copy(mixed / "good.mp4", tmp_path / "set" / name / f"{name}.mp4")
+    assert check.main([str(tmp_path / "set"), "--output", str(tmp_path / "checked.csv"), "--num-workers", "1"]) == 0
+    numbers = {Path(row.path).name: row.label for row in read_list(tmp_path / "set").rows}
+    assert {Path(row.path).name: row.label for row in read_list(tmp_path / "checked.csv").rows} == numbers
+    (tmp_path / "ones.txt").write_text(f"{mixed}/good.mp4 1\n{mixed}/copy.mp4 2\n")
+    assert check.main([str(tmp_path / "ones.txt"), "--num-workers", "1"]) == 0
+    assert "labels begin at 1: class numbers count from 0, so 2 needs 3 classes" in capsys.readouterr().out
+
+
 def test_wrong_lists_exit_with_2(mixed, capsys):
     assert check.main([str(mixed / "none.csv")]) == 2
     (mixed / "bad.csv").write_text("path,label\n,3\n")
     assert check.main([str(mixed / "bad.csv")]) == 2
     assert "bad.csv row 2: no path" in capsys.readouterr().err
     assert check.main([str(mixed / "list.csv"), "--output", "x.txt"]) == 2
+
+
+def test_folders_that_cannot_be_written_and_wrong_numbers_exit_with_2(mixed, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert check.main([str(mixed / "b.csv"), "--num-workers", "1"]) == 2
+    shutil.copy(mixed / "good.mp4", tmp_path)
+    (tmp_path / "l.csv").write_text("path\ngood.mp4\n")
+    arguments = [str(tmp_path / "l.csv"), "--num-workers", "1", "--output", str(tmp_path / "file" / "x.csv")]
+    assert check.main(arguments) == 2
+    assert prepare.main([str(tmp_path / "l.csv"), str(tmp_path / "file" / "out"), "--num-workers", "1"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 3
+    with pytest.raises(SystemExit) as left:
+        check.main([str(tmp_path / "l.csv"), "--num-workers", "0"])
+    assert left.value.code == 2 and "expected a number, 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "prepare"])
+def test_ctrl_c_leaves_whole_files_and_exits_with_130(mixed, tmp_path, command):
+    """To every process of the command, as a terminal sends it, while the workers are at it."""
+    for number in range(30):
+        shutil.copy(mixed / "good.mp4", tmp_path / f"{number}.mp4")
+    (tmp_path / "l.csv").write_text("path\n" + "".join(f"{number}.mp4\n" for number in range(30)))
+    out = ["--output", str(tmp_path / "checked.csv")] if command == "check" else [str(tmp_path / "out")]
+    started = "import sys; print('begun', flush=True)\nfrom img2vid.data import {0}\nsys.exit({0}.main(sys.argv[1:]))"
+    running = subprocess.Popen(
+        [sys.executable, "-c", started.format(command), str(tmp_path / "l.csv"), *out, "--num-workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_interrupts,
+    )
+    while len(psutil.Process(running.pid).children()) < 2:  # until the pool is there
+        assert running.poll() is None
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGINT)
+    errors = running.communicate(timeout=120)[1]
+    assert running.returncode == 130 and "interrupted" in errors.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "checked.csv").exists()
 
 
 def die_on_bad(row):

@@ -68,6 +68,69 @@ def test_plain_lists(tmp_path):
     assert table(read_list(names, classes=classes), tmp_path) == [("a.mp4", 0, ()), ("b.mp4", 1, ())]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('"a,b.mp4",3\n"c.mp4",4\n', [("a,b.mp4", 3), ("c.mp4", 4)]),
+        ('"a ""x"".mp4",one\nc.mp4,"two, three"\n', [('a "x".mp4', "one"), ("c.mp4", "two, three")]),
+        ("a,1.mp4 3\nb,2.mp4 4\n", [("a,1.mp4", 3), ("b,2.mp4", 4)]),  # commas in paths separate nothing
+        ("a.mp4 riding a bike\nb c.mp4 golf\n", [("a.mp4", "riding a bike"), ("b c.mp4", "golf")]),
+        ("a.mp4\triding a bike\nb\tgolf\n", [("a.mp4", "riding a bike"), ("b", "golf")]),
+        ("\ufeffa.mp4 3\r\nb.mp4 4\r\n", [("a.mp4", 3), ("b.mp4", 4)]),
+    ],
+)
+def test_spaces_commas_and_quotes_in_plain_lists(tmp_path, text, expected):
+    path = tmp_path / "list.txt"
+    path.write_bytes(text.encode())
+    videos = read_list(path)
+    name = lambda label: videos.class_names[label] if videos.class_names else label  # noqa: E731
+    assert [(row.path.removeprefix(f"{tmp_path}/"), name(row.label)) for row in videos.rows] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("l.csv", "video,label\na.mp4,3\n", "row 1: 'video,label' is a header"),
+        ("l.txt", "Path\tLabel\na.mp4\trun\n", "is a header"),
+        ("l.txt", "frames/a.mp4 120 3\n", "row 1: .* more than one number"),
+        ("l.txt", "a.mp4 3\nb.mp4 golf\n", "row 2: label 'golf' is a name, but '3' .*row 1. is a number"),
+        ("l.txt", "a.mp4 -1\nb.mp4 -1\n", "row 1: label '-1': class numbers are 0, 1, 2"),
+        ("l.csv", "path,label\na.mp4,1.5\n", "row 2: label '1.5'"),
+        ("l.jsonl", '{"path": "a.mp4", "label": -3}\n', "row 1: label -3"),
+    ],
+)
+def test_lists_that_could_be_misread_are_refused(tmp_path, name, text, words):
+    with pytest.raises(ListError, match=words):
+        read_list(put(tmp_path, name, text))
+
+
+def test_tables_as_other_programs_write_them(tmp_path):
+    quoted = put(tmp_path, "a.csv", '"path", "label", "frames"\na.mp4, run , 12.0\nb.mp4,jump,\n')
+    videos = read_list(quoted)
+    assert videos.class_names == ("jump", "run") and videos.rows[0].frames == 12
+    floats = put(tmp_path, "b.csv", "path,label\na.mp4,1.0\nb.mp4,\n")
+    assert [row.label for row in read_list(floats).rows] == [1, None]
+    kinetics = put(
+        tmp_path, "k.csv", '"label","youtube_id","time_start","time_end","split"\n"a, b","-x",1,11,"train"\n'
+    )
+    assert read_list(kinetics).class_names == ("a, b",)
+
+
+def test_damaged_companions_are_named(tmp_path):
+    records = put(tmp_path, "train.json", '[{"id": "1", "label": "x", "template": "Folding [something]"}]')
+    put(tmp_path, "labels.json", '{"Folding something": "zero"}')
+    with pytest.raises(ListError, match=r"labels\.json: expected class names and numbers"):
+        read_list(records)
+    put(tmp_path, "labels.json", '{"Folding something": "0"}')
+    put(tmp_path, "train.json", "[3]")
+    with pytest.raises(ListError, match=r"train\.json row 1: expected an object with id and template, found 3"):
+        read_list(records)
+    videos = put(tmp_path, "MSRVTT_train.9k.csv", "video_id\nvideo1\n")
+    put(tmp_path, "MSRVTT_data.json", '{"sentences": [{"video_id": "video1"}]}')
+    with pytest.raises(ListError, match=r"MSRVTT_data\.json sentence 1: caption missing"):
+        read_list(videos)
+
+
 def test_a_folder_per_class(tmp_path):
     for name in ("run/b.mp4", "run/a.AVI", "jump/c.webm", "jump/notes.txt", ".git/x.mp4", "jump/frames/f_1.jpg"):
         put(tmp_path, name, "")
@@ -183,6 +246,12 @@ def test_more_wrong_lists(tmp_path):
     (tmp_path / "classes" / "a").mkdir(parents=True)
     with pytest.raises(ListError, match="none of its 1 folders holds a video"):
         read_list(tmp_path / "classes")
+    (tmp_path / "loose").mkdir()
+    video = put(tmp_path, "loose/a.mp4", "")
+    with pytest.raises(ListError, match="expected .*CLASS/VIDEO. The 1 videos side by side"):
+        read_list(tmp_path / "loose")
+    with pytest.raises(ListError, match="a video, expected a list"):
+        read_list(video)
     put(tmp_path, "ucf/classInd.txt", "0 Archery\n")
     with pytest.raises(ListError, match=r"classInd\.txt row 1: expected '1 ClassName'"):
         read_list(put(tmp_path, "ucf/trainlist02.txt", "Archery/a.avi 1\n"))

@@ -150,27 +150,59 @@ def test_wrong_arguments_teach(video_folder, tmp_path, options, words):
         trainer(tmp_path, max_epochs=1).fit(Recorder(), datamodule=VideoData(str(video_folder), **given))
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def run_on_two_processes(folder, body: str) -> list:
+    """Run `body` in two processes with `run(**options)`, a trainer; what each rank left in `seen`."""
+    script = folder / "run.py"
+    script.write_text(
+        f"import json, sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "import lightning.pytorch as pl\n"
+        "from tests.data.test_module import Recorder, data\n"
+        "def run(**options):\n"
+        "    quiet = dict(enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)\n"
+        "    quiet |= dict(accelerator='cpu', devices=2, strategy='ddp', logger=False)\n"
+        "    return pl.Trainer(**quiet, **options)\n" + body + "\n"
+        f"json.dump(module.seen, open({str(folder)!r} + '/rank%d.json' % trainer.global_rank, 'w'))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.multiprocess
+def test_two_processes_stopped_in_an_epoch_see_what_an_unbroken_run_sees(video_folder, tmp_path):
+    """10 videos, batches of 2, 2 processes: 2 steps make an epoch; stopped in the first, and in the second."""
+    ranks = run_on_two_processes(
+        tmp_path,
+        f"folder, out = {str(video_folder)!r}, {str(tmp_path)!r}\n"
+        "def fit(path=None, **options):\n"
+        "    global trainer\n"
+        "    trainer, module = run(default_root_dir=out, **options), Recorder()\n"
+        "    trainer.fit(module, datamodule=data(folder), ckpt_path=path, weights_only=path is not None or None)\n"
+        "    return module.seen\n"
+        "module = Recorder()\n"
+        "module.seen = {'unbroken': fit(max_epochs=2, enable_checkpointing=False)}\n"
+        "for steps in (1, 3):\n"
+        "    saver = pl.callbacks.ModelCheckpoint(f'{out}/{steps}', filename='last', every_n_train_steps=steps)\n"
+        "    module.seen[steps] = fit(max_steps=steps, callbacks=[saver])\n"
+        "    module.seen[steps] += fit(f'{out}/{steps}/last.ckpt', max_epochs=2, enable_checkpointing=False)\n",
+    )
+    for seen in ranks:
+        assert len(seen["unbroken"]) == 4
+        assert seen["1"] == seen["unbroken"] and seen["3"] == seen["unbroken"]
+    assert ranks[0]["unbroken"] != ranks[1]["unbroken"]
+
+
 @pytest.mark.multiprocess
 def test_two_processes_share_epochs_and_evaluation(video_folder, tmp_path):
-    script = tmp_path / "run.py"
-    root = Path(__file__).parents[2]
-    script.write_text(
-        f"import json, os, sys\nsys.path.insert(0, {str(root)!r})\n"
-        "from tests.data.test_module import Recorder, data\n"
-        f"folder, out = {str(video_folder)!r}, {str(tmp_path)!r}\n"
-        "import lightning.pytorch as pl\n"
-        "run = pl.Trainer(accelerator='cpu', devices=2, strategy='ddp', max_epochs=2, logger=False,\n"
-        "                 enable_progress_bar=False, enable_checkpointing=False, num_sanity_val_steps=0)\n"
-        "module = Recorder()\n"
-        "run.fit(module, datamodule=data(folder, val_list=folder))\n"
-        "json.dump(module.seen, open(f'{out}/rank{run.global_rank}.json', 'w'))\n"
+    ranks = run_on_two_processes(
+        tmp_path,
+        "trainer, module = run(max_epochs=2, enable_checkpointing=False), Recorder()\n"
+        f"trainer.fit(module, datamodule=data({str(video_folder)!r}, val_list={str(video_folder)!r}))",
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(
-        launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for epoch in range(2):
         shares = [[i for b in rank if b[0] == [epoch] * 2 for i in b[1]] for rank in ranks]
         assert len(shares[0]) == len(shares[1]) == 4 and not set(shares[0]) & set(shares[1])

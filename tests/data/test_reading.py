@@ -14,20 +14,7 @@ import torch
 
 from img2vid.data import VideoError, open_video, probe, read_clip
 from tests.data import clips
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("clips")
-
-
-def thwc(clip: torch.Tensor) -> np.ndarray:
-    assert clip.dtype == torch.uint8 and clip.ndim == 4 and clip.shape[1] == 3
-    return clip.permute(0, 2, 3, 1).numpy()
-
-
-def same(clip, reference, indices) -> bool:
-    return all(np.array_equal(got, reference[i]) for got, i in zip(thwc(clip), indices, strict=True))
+from tests.data.clips import same
 
 
 def random_requests(frames: int, seed: int = 0):
@@ -63,8 +50,39 @@ def test_the_hard_clips_are_hard(folder):
         assert len(set(np.diff(reader.index.pts))) > 3
     with open_video(clips.make("bt709_full", folder / "b")) as reader:
         assert reader.stream.codec_context.colorspace == 1 and reader.stream.codec_context.color_range == 2
-    assert probe(clips.make("rotated_90", folder / "r")).rotation in (90, -90)
+    with open_video(clips.make("vp8_hidden", folder / "h")) as reader:
+        assert reader.index.hidden == 3 and len(reader.index.pts) == 37
+    for name in ("false_keyframes", "false_keyframes_mkv"):
+        with open_video(clips.make(name, folder / name)) as reader:
+            assert len(reader.index.keyframes) == reader.index.packets == 40
+    assert probe(clips.make("rotated_90", folder / "r")).rotation == 270
     assert probe(clips.make("av1", folder / "t")).codec == "av1"
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((1, 0, 0, 1), lambda a: a),
+        ((-1, 0, 0, 1), lambda a: a[:, ::-1]),  # a mirror: left and right
+        ((1, 0, 0, -1), lambda a: a[::-1]),
+        ((-1, 0, 0, -1), lambda a: a[::-1, ::-1]),
+        ((0, 1, -1, 0), lambda a: np.rot90(a, -1)),
+        ((0, -1, 1, 0), lambda a: np.rot90(a)),
+        ((0, 1, 1, 0), lambda a: a.swapaxes(0, 1)),
+        ((0, -1, -1, 0), lambda a: a[::-1, ::-1].swapaxes(0, 1)),
+    ],
+)
+def test_pictures_stand_upright_and_the_right_way_round(matrix, shown, folder):
+    path = folder / "matrix.mp4"
+    plain = clips.decoded_in_order(clips.encode(path, frames=2))
+    clips.display_matrix(path, *matrix)
+    expected = [shown(picture) for picture in plain]
+    for source in (path, path.read_bytes()):
+        assert same(read_clip(source, [1, 0]), expected, [1, 0])
+    info = probe(path)
+    assert info.mirrored == (matrix[0] * matrix[3] - matrix[1] * matrix[2] < 0)
+    turned = np.rot90(plain[0], info.rotation // 90)
+    assert np.array_equal(turned[:, ::-1] if info.mirrored else turned, expected[0])
 
 
 @pytest.mark.parametrize("path", clips.real_clips(), ids=lambda path: path.stem)

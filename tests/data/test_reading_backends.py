@@ -10,27 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from img2vid.data import VideoError, probe, read_clip
+from img2vid.data import VideoError, open_video, probe, read_clip
 from img2vid.data.errors import missing_extra
 from tests.data import clips
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("clips")
-
-
-def thwc(clip: torch.Tensor) -> np.ndarray:
-    assert clip.dtype == torch.uint8 and clip.ndim == 4 and clip.shape[1] == 3
-    return clip.permute(0, 2, 3, 1).numpy()
-
-
-def same(clip, reference, indices) -> bool:
-    return all(np.array_equal(got, reference[i]) for got, i in zip(thwc(clip), indices, strict=True))
-
+from tests.data.clips import same
 
 ORDINARY = ["bframes", "plain_avi", "rotated_90", "rotated_270", "vp9", "bt709_full", "variable_rate", "one_frame"]
 REFUSED_BY_DECORD = ["edit_list", "open_gop", "hevc_open_gop", "bframes_avi", "mpeg_ts", "av1", "trim_open_gop"]
+REFUSED_BY_BOTH = ["intra_refresh", "false_keyframes", "false_keyframes_mkv", "vp8_hidden"]
 
 
 @pytest.mark.parametrize("name", ORDINARY)
@@ -41,7 +28,7 @@ def test_decord_agrees_on_ordinary_clips(name, folder):
         assert torch.equal(read_clip(path, indices, backend="decord"), read_clip(path, indices))
 
 
-@pytest.mark.parametrize("name", REFUSED_BY_DECORD)
+@pytest.mark.parametrize("name", REFUSED_BY_DECORD + REFUSED_BY_BOTH)
 def test_decord_is_not_trusted_where_it_is_wrong(name, folder):
     path = clips.make(name, folder / f"w{name}")
     with pytest.raises(VideoError, match='Use backend="pyav"'):
@@ -101,7 +88,8 @@ def test_torchcodec_agrees_on_ordinary_clips(folder, tmp_path):
         version = rest.split(".so.")[-1].split(".")[0]
         (tmp_path / f"{name}.so.{version}").symlink_to(library)
     good = [str(clips.make(n, folder / f"t{n}")) for n in (*ORDINARY, "open_gop", "hevc", "edit_list", "av1")]
-    bad = [str(clips.make(n, folder / f"t{n}")) for n in ("bframes_avi", "mpeg_ts", "mpeg2_ps")]
+    bad = [str(clips.make(n, folder / f"t{n}")) for n in ("bframes_avi", "mpeg_ts", "mpeg2_ps", *REFUSED_BY_BOTH)]
+    bad.append(str(clips.display_matrix(clips.make("one_frame", folder / "tmirror"), -1, 0, 0, 1)))
     (folder / "not.mp4").write_bytes(b"no video at all")
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -133,6 +121,27 @@ def test_a_folder_of_frames(folder, tmp_path):
     Image.fromarray(pictures[0][:50]).save(tmp_path / "frame_14.png")
     with pytest.raises(VideoError, match="change size"):
         read_clip(tmp_path, [0, 14])
+
+
+def test_frames_of_a_folder_are_upright_eight_bit_and_in_one_order(tmp_path):
+    from PIL import Image
+
+    picture = clips.moving_picture(1)[0]
+    turn = Image.Exif()
+    turn[0x0112] = 6  # shown a quarter turn clockwise
+    for name in ("1.png", "01.png", "x\u00b21.png", "x10.jpeg"):  # a superscript two is a digit and no number
+        Image.fromarray(picture).save(tmp_path / name, exif=turn)
+    expected = np.rot90(picture, -1)
+    clip = read_clip(tmp_path, [0, 1, 2, 3])
+    assert clip.shape == (4, 3, 128, 96)
+    assert same(clip[[0, 1, 3]], [expected], [0, 0, 0])
+    assert np.abs(clips.thwc(clip)[2].astype(int) - expected).mean() < 8
+    with open_video(tmp_path) as reader:
+        assert [file.name for file in reader.files] == ["01.png", "1.png", "x10.jpeg", "x\u00b21.png"]
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    Image.fromarray(picture[..., 0].astype(np.uint16) * 256 + 77).save(deep / "0.png")
+    assert same(read_clip(deep, [0]), [np.repeat(picture[..., :1], 3, -1)], [0])
 
 
 def test_a_missing_ffmpeg_is_explained(folder, monkeypatch):

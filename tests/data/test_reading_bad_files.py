@@ -1,5 +1,7 @@
 """Files that are no videos, or broken ones: an error with the path or a count, never a hang, a crash or a leak."""
 
+import ctypes
+import gc
 import os
 import random
 import subprocess
@@ -7,27 +9,12 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-import torch
 
-from img2vid.data import DamagedVideoWarning, VideoError, probe, read_clip
+from img2vid.data import DamagedVideoWarning, VideoError, open_video, probe, read_clip
 from tests.data import clips
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("clips")
-
-
-def thwc(clip: torch.Tensor) -> np.ndarray:
-    assert clip.dtype == torch.uint8 and clip.ndim == 4 and clip.shape[1] == 3
-    return clip.permute(0, 2, 3, 1).numpy()
-
-
-def same(clip, reference, indices) -> bool:
-    return all(np.array_equal(got, reference[i]) for got, i in zip(thwc(clip), indices, strict=True))
+from tests.data.clips import same
 
 
 def bad_files(folder: Path) -> dict[str, Path]:
@@ -156,6 +143,20 @@ def test_bit_flips_raise_or_are_counted(folder):
     assert noticed >= 6  # a flip in a residual can decode to other, legal pixels: no reader can notice that
 
 
+def test_a_packet_counts_once(folder):
+    """However often it is decoded again: one clip asked for as one, and frame by frame from one reader."""
+    data = flip_bits(clips.make("bframes", folder / "once").read_bytes(), seed=1)
+    total = probe(data, decode=True).damaged_packets
+    assert total > 0
+    with open_video(data, on_error="conceal") as reader:
+        for _ in range(3):
+            for index in range(reader.frames):
+                reader.read([index])
+            assert reader.damaged <= total
+        reader.decode_everything()
+        assert reader.damaged == total
+
+
 def test_clean_files_do_not_warn(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,6 +200,15 @@ def test_fuzzed_bytes_never_crash_the_process(folder):
     assert done.stdout.strip() == "survived", (done.returncode, done.stderr[-2000:])
 
 
+class Allocations(ctypes.Structure):
+    """The C library's own count of memory, in bytes: unlike the pages of the process, it is exact."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "free", "fast", "mapped", "in_maps", "unused", "fast_bytes", "in_use", "idle", "top")
+    ]
+
+
 def test_two_thousand_opens_leave_nothing_behind(folder):
     path, text = clips.make("one_frame", folder / "leak"), folder / "leak.txt"
     text.write_text("not a video")
@@ -210,7 +220,21 @@ def test_two_thousand_opens_leave_nothing_behind(folder):
             with pytest.raises(VideoError):
                 probe(text)
 
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Allocations
+
+    def in_use():
+        gc.collect()
+        return libc.mallinfo2().in_use
+
     work(200)
+    gc.collect()
+    work(50)
+    assert gc.collect() < 50, "frames wait for the garbage collector"
+    counted = in_use()
+    for _ in range(1000):
+        read_clip(path, [0])
+    assert in_use() - counted < 60 * 1000
     files, memory = process.num_fds(), process.memory_info().rss
     work(1000)
     assert process.num_fds() <= files

@@ -58,6 +58,9 @@ def test_fps_by_hand():
     assert sampling.fps_indices(11, 25, 5, 10) == [0, 2, 5, 7, 10]
     assert sampling.fps_indices(13, 30, 5, 10) == [0, 3, 6, 9, 12]
     assert sampling.fps_indices(100, Fraction(30000, 1001), 4, Fraction(30000, 1001)) == [48, 49, 50, 51]
+    assert sampling.fps_views(21, 25, 3, 10, 3) == [[0, 2, 5], [7, 9, 12], [15, 17, 20]]
+    assert sampling.fps_views(21, 25, 3, 10, 1) == [sampling.fps_indices(21, 25, 3, 10)]
+    assert sampling.fps_views(3, 25, 3, 10, 2, "wrap") == [[0, 2, 2]] * 2
     assert sampling.fps_indices(4, 5, 8, 10) == [0, 0, 1, 1, 2, 2, 3, 3]  # more samples than frames: frames repeat
 
 

@@ -13,7 +13,7 @@ from img2vid.data import ListError, VideoError, prepare
 from img2vid.data.check import named_rows
 from img2vid.data.datasets import ClipSampler
 from img2vid.data.lists import read_list
-from img2vid.data.shards import ShardedVideos, write_shards
+from img2vid.data.shards import ShardedVideos, ShardLoader, write_shards
 from img2vid.data.transforms import TrainTransform
 from tests.data.conftest import SPEC
 
@@ -62,6 +62,29 @@ def test_streams_repeat_by_seed_and_epoch_and_differ_by_rank(shards):
     assert not torch.equal(clips_of(seed=1), clips_of(seed=1, rank=1))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_gives_exactly_the_rest(shards, workers):
+    def loader():
+        return ShardLoader(stream(shards, 13), 2, drop_last=True, num_workers=workers)
+
+    unbroken = loader()
+    expected = [[batch["clip"] for batch in unbroken] for _ in range(2)]  # two epochs
+    for stop in (1, 2, 5, 6):
+        begun = loader()
+        taken = [batch["clip"] for _, batch in zip(range(stop), begun, strict=False)]
+        resumed = loader()
+        resumed.load_state_dict(begun.state_dict())
+        epochs = [taken + [batch["clip"] for batch in resumed]] if stop < 6 else [taken]
+        epochs.append([batch["clip"] for batch in resumed])
+        for got, want in zip(epochs, expected, strict=True):
+            assert len(got) == len(want) == 6 and all(map(torch.equal, got, want)), stop
+    other = ShardLoader(stream(shards, 13), 3, drop_last=True, num_workers=workers)
+    begun = loader()
+    next(iter(begun))
+    with pytest.raises(ValueError, match="batch_size was 2 and is 3"):
+        other.load_state_dict(begun.state_dict())
+
+
 def broken_shard(path):
     with tarfile.open(path, "w") as tar:
         for name, data in (("1.mp4", b"no video"), ("1.json", b'{"label": 1}')):
@@ -75,8 +98,8 @@ def test_bad_samples_are_named_and_limited(shards, tmp_path, caplog):
     broken = broken_shard(tmp_path / "bad.tar")
     with pytest.raises(VideoError, match=r"bad\.tar sample 1"):
         list(stream([broken]))
-    items = list(stream([*shards, broken], 20, max_bad_videos=30))
-    assert len(items) == 20 and "bad.tar sample 1" in caplog.text
+    items = list(stream([*shards, broken], 40, max_bad_videos=40))
+    assert len(items) == 40 and "bad.tar sample 1" in caplog.text
     with pytest.raises(ListError, match=r"gone\.tar: no such shard"):
         stream([tmp_path / "gone.tar"])
     with pytest.raises(ListError, match="no shards"):

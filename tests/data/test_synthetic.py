@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from img2vid.config import VideoConfig
 from img2vid.data import probe, read_clip
 from img2vid.data.digits import load_digits
 from img2vid.data.lists import read_list
+from img2vid.data.sampling import segment_indices
 from img2vid.data.synthetic import CLASS_NAMES, MOTIONS, MotionSettings, main, make_motion_set, scene
 
 SMALL = dict(train=24, val=8, test=8, size=48, num_frames=8)
@@ -71,6 +73,13 @@ def test_what_moves_is_what_the_class_says(axis):
         assert change[-1] - change[0] > (0.5 if axis == 3 else 3), seed
         steady += np.all(np.diff(change) > -0.05)
     assert steady >= 10
+
+
+def test_a_clip_of_default_length_and_its_reversal_are_sampled_alike():
+    """Else a model that sees no order could still tell them apart by which frames it was given."""
+    length, sampled = MotionSettings().num_frames, VideoConfig().num_frames
+    indices = segment_indices(length, sampled)
+    assert sorted(length - 1 - i for i in indices) == indices
 
 
 def test_digits_stay_on_the_canvas():

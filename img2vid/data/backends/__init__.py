@@ -18,7 +18,8 @@ class VideoInfo:
     fps: average frames per second, None where there is no clock (a folder of images).
     height, width: pixels, after rotation.
     duration_seconds: what `frames` last, None without a clock.
-    rotation: degrees counterclockwise that were applied to stand upright.
+    rotation: degrees counterclockwise (0, 90, 180 or 270) that were applied to stand upright.
+    mirrored: whether left and right were swapped after that.
     damaged_packets: packets flagged by the container, missing from it, or (after a decode) refused or concealed.
     """
 
@@ -30,7 +31,36 @@ class VideoInfo:
     container: str
     duration_seconds: float | None
     rotation: int = 0
+    mirrored: bool = False
     damaged_packets: int = 0
+
+
+class Reader:
+    """What readers have in common; subclasses set frames, fps, codec and container, and say how to `read`.
+
+    likely_frames: `frames` at no cost, perhaps not exactly. damaged: packets known to be damaged or missing.
+    """
+
+    damaged = 0
+
+    @property
+    def likely_frames(self) -> int:
+        return self.frames
+
+    @property
+    def info(self) -> VideoInfo:
+        height, width = self.read([0])[0].shape[:2]
+        seconds = float(self.frames / self.fps) if self.fps else None
+        return VideoInfo(self.frames, self.fps, height, width, self.codec, self.container, seconds)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
 
 
 def check_indices(indices, frames: int, label: str) -> list[int]:

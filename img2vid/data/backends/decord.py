@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
-from img2vid.data.backends import VideoInfo, check_indices
+from img2vid.data.backends import Reader, check_indices
 from img2vid.data.backends.guard import ordinary_video, same_count
 from img2vid.data.errors import VideoError, missing_extra
 
@@ -74,7 +74,7 @@ CHILD = Child()
 atexit.register(lambda: CHILD.stop())
 
 
-class DecordReader:
+class DecordReader(Reader):
     """Reads one video through decord. `on_error` does not apply: decord neither reports nor counts concealed damage."""
 
     def __init__(self, source, label: str, on_error: str = "raise"):
@@ -82,7 +82,6 @@ class DecordReader:
             raise missing_extra("decord", "decord", 'backend="decord"')
         self.label = label
         self.frames, self.fps, self.codec, self.container = ordinary_video(source, label, "decord")
-        self.likely_frames, self.damaged = self.frames, 0
         self.source = source if isinstance(source, str) else source.getvalue()
 
     def read(self, indices, count: bool = False) -> list:
@@ -92,18 +91,3 @@ class DecordReader:
         counted, frames = CHILD.ask(self.label, self.source, indices)
         same_count(self.label, "decord", counted, self.frames)
         return list(frames)
-
-    @property
-    def info(self) -> VideoInfo:
-        height, width = self.read([0])[0].shape[:2]
-        seconds = float(self.frames / self.fps) if self.fps else None
-        return VideoInfo(self.frames, self.fps, height, width, self.codec, self.container, seconds)
-
-    def close(self) -> None:
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc) -> None:
-        pass

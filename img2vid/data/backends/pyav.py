@@ -6,37 +6,41 @@ listed, and only safe with one thread, because the setting must hold for exactly
 
 from __future__ import annotations
 
+from contextlib import closing
 from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
-from img2vid.data.backends import VideoInfo, check_indices
+from img2vid.data.backends import Reader, VideoInfo, check_indices
 from img2vid.data.backends.declared_size import cut_off_bytes
-from img2vid.data.backends.packet_index import DECODE_ERRORS, PacketIndex
+from img2vid.data.backends.opening import open_container
+from img2vid.data.backends.packet_index import DECODE_ERRORS, MP4_FAMILY, PacketIndex, packet_time
+from img2vid.data.backends.upright import is_mirrored, quarter_turns, upright_rgb
 from img2vid.data.errors import VideoError
 
-# Demuxers that take text for video: a typescript as ANSI art, a playlist or a script as somebody else's files.
-REFUSED_CONTAINERS = {"tty", "hls", "concat", "dash", "vapoursynth", "lavfi", "sdp", "webm_dash_manifest"}
 SKIP_NONREF_CODECS = {"h264", "hevc", "mpeg4"}
-MAX_PIXELS = 16384 * 8192  # a flipped bit in a header can ask for a frame of many gigabytes
+PREDICTED = {PictureType.P, PictureType.B, PictureType.S, PictureType.SP}  # made from other frames
 
 
-class PyAVReader:
+class PyAVReader(Reader):
     """Reads one video. Use as a context manager: an unclosed reader leaks its file descriptor."""
 
     def __init__(self, source, label: str, on_error: str = "raise"):
         self.source, self.label, self.on_error = source, label, on_error
-        self._concealed = 0  # packets refused or concealed by the decoder so far
+        self._refused, self._short = set(), 0  # times of packets refused or concealed so far; frames that never came
         self.container = self._count = None
-        self._rotation = 0
+        self._rotation, self.mirrored = 0.0, False
         self._reformatter = VideoReformatter()
         try:
             self._open()
             self.index = PacketIndex(self.container, self.stream)
+            if self.container.format.name == MP4_FAMILY:
+                self.mirrored = is_mirrored(source, self.stream.id)
             if not self.index.damaged and cut_off_bytes(source):
-                self.index.damaged = 1  # at least: how many packets were lost with the end, nobody knows
+                self.index.missing = 1  # at least: how many packets were lost with the end, nobody knows
         except DECODE_ERRORS as error:
             self.close()
             raise VideoError.about(label, f"not readable as a video ({_reason(error)})") from error
@@ -51,25 +55,7 @@ class PyAVReader:
 
     def _open(self) -> None:
         self.close()
-        if hasattr(self.source, "seek"):
-            self.source.seek(0)
-        self.container = av.open(
-            self.source,
-            mode="r",
-            metadata_errors="replace",
-            options={"threads": "1"},
-            container_options={"protocol_whitelist": "file"},
-        )
-        name = self.container.format.name
-        if REFUSED_CONTAINERS & set(name.split(",")):
-            raise VideoError.about(self.label, f"this is a {name} file, not a video")
-        stream = self.container.streams.best("video")  # .video[0] may be the cover picture
-        if stream is None or stream.codec_context is None:
-            kinds = sorted({other.type for other in self.container.streams}) or ["nothing"]
-            raise VideoError.about(self.label, f"holds no decodable video stream (it holds: {', '.join(kinds)})")
-        stream.codec_context.thread_count = 1
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-        self.stream = stream
+        self.container, self.stream = open_container(self.source, self.label)
 
     # -- what the video is ---------------------------------------------------------------------------------------------
 
@@ -80,8 +66,11 @@ class PyAVReader:
 
     @property
     def damaged(self) -> int:
-        """Packets damaged or missing in the container, and those the decoder has refused or concealed so far."""
-        return self.index.damaged + self._concealed
+        """Packets missing from the container, flagged by it, or refused or concealed by the decoder so far.
+
+        A packet counts once, however often it was decoded and whoever complained of it.
+        """
+        return self.index.missing + max(len(self.index.flagged | self._refused), self._short)
 
     @property
     def frames(self) -> int:
@@ -111,7 +100,8 @@ class PyAVReader:
             codec=self.stream.codec_context.codec.canonical_name,
             container=self.container.format.name,
             duration_seconds=float(frames / fps) if fps else None,
-            rotation=self._rotation,
+            rotation=90 * quarter_turns(self._rotation, self.mirrored),
+            mirrored=self.mirrored,
             damaged_packets=self.damaged,
         )
 
@@ -146,33 +136,39 @@ class PyAVReader:
         found = {}
         skipping = self.stream.codec_context.name in SKIP_NONREF_CODECS
         while pending:
-            got = self._decode_from(self.index.keyframe_for(pending[0]), pending, skipping)
+            got = self.decode_from(self.index.keyframe_for(pending[0]), pending, skipping)
             if not got:
                 return None
             found.update((frame_of[pts], array) for pts, array in got.items())
             pending = [pts for pts in pending if pts not in got]
         return found
 
-    def _decode_from(self, key_pts: int, pending: list[int], skipping: bool) -> dict[int, np.ndarray]:
-        """Decode from one keyframe until the next wanted frame has a later keyframe. Empty if the seek missed."""
+    def decode_from(self, key_pts: int, pending: list[int], skipping: bool = False) -> dict[int, np.ndarray]:
+        """Decode from one keyframe until the next wanted frame has a later keyframe: arrays by pts.
+
+        Empty if the seek missed, or if what the container calls a keyframe is none.
+        """
         context, got = self.stream.codec_context, {}
         remaining, latest_key = set(pending), None
         self.container.seek(key_pts, stream=self.stream, backward=True)
-        for packet in self.container.demux(self.stream):
-            if latest_key is None:
-                if packet.pts is None or packet.pts > key_pts or not packet.is_keyframe:
-                    return {}
-                latest_key = key_pts
-            elif packet.is_keyframe and packet.pts is not None:
-                latest_key = max(latest_key, packet.pts)
-            if skipping:
-                context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in remaining else "NONREF"
-            for frame in self._decode(packet, since=key_pts):
-                if frame.pts in remaining:
-                    got[frame.pts] = self._rgb(frame)
-                    remaining.discard(frame.pts)
-            if not remaining or self.index.keyframe_for(min(remaining)) > latest_key:
-                break
+        with closing(self.container.demux(self.stream)) as packets:  # left open, it keeps some memory for ever
+            for packet in packets:
+                if latest_key is None:
+                    if packet.pts is None or packet.pts > key_pts or not packet.is_keyframe:
+                        return {}
+                    latest_key = key_pts
+                elif packet.is_keyframe and packet.pts is not None:
+                    latest_key = max(latest_key, packet.pts)
+                if skipping:
+                    context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in remaining else "NONREF"
+                for frame in self._decode(packet, since=key_pts):
+                    if frame.pts == key_pts and frame.pict_type in PREDICTED:
+                        return {}
+                    if frame.pts in remaining:
+                        got[frame.pts] = self._rgb(frame)
+                        remaining.discard(frame.pts)
+                if not remaining or self.index.keyframe_for(min(remaining)) > latest_key:
+                    break
         context.skip_frame = "DEFAULT"
         return got
 
@@ -201,7 +197,7 @@ class PyAVReader:
         if self.on_error == "raise":
             raise self._damage(f"{promised - count} of {promised} frames could not be decoded")
         last = self._read_sequentially([count - 1])[0]
-        self._concealed += sum(1 for i in set(indices) if i >= count)
+        self._short = promised - count
         return [found.get(i, last) for i in indices]
 
     def stream_frames(self, first: int, stop: int):
@@ -217,12 +213,13 @@ class PyAVReader:
     def _decode_all(self):
         """Every frame in order, from the start: the reference that indexed reading must agree with."""
         self._open()  # not every container can seek back to its very first packet
-        self._concealed = 0  # the whole file is decoded anew, so what was counted before would count twice
+        self._refused, self._short = set(), 0
         try:
-            for packet in self.container.demux(self.stream):
-                yield from self._decode(packet)
+            with closing(self.container.demux(self.stream)) as packets:
+                for packet in packets:
+                    yield from self._decode(packet)
         except DECODE_ERRORS as error:
-            self._concealed += 1
+            self._refused.add("the end")
             if self.on_error == "raise":
                 raise self._damage(f"the container breaks off ({_reason(error)})") from error
 
@@ -232,23 +229,20 @@ class PyAVReader:
         except av.error.EOFError:
             return []
         except DECODE_ERRORS as error:
-            self._concealed += 1
+            self._refused.add(packet_time(packet))
             if self.on_error == "raise":
                 raise self._damage(f"a packet could not be decoded ({_reason(error)})") from error
             return []
         # Leading frames of an open GOP lack their references after a seek: broken, but never wanted.
-        concealed = sum(frame.is_corrupt for frame in frames if since is None or (frame.pts or 0) >= since)
-        self._concealed += concealed
+        concealed = {f.pts for f in frames if f.is_corrupt and (since is None or (f.pts or 0) >= since)}
+        self._refused |= concealed
         if concealed and self.on_error == "raise":
             raise self._damage("the decoder had to conceal damage")
         return frames
 
     def _rgb(self, frame) -> np.ndarray:
-        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
-        array = rgb.to_ndarray()  # (H, W, 3)
         self._rotation = frame.rotation
-        turns = round(frame.rotation / 90)
-        return np.rot90(array, turns) if turns else array
+        return upright_rgb(frame, self._reformatter, self.mirrored)
 
     def _damage(self, what: str) -> VideoError:
         return VideoError.about(
@@ -259,12 +253,6 @@ class PyAVReader:
         if self.container is not None:
             self.container.close()
             self.container = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.close()
 
 
 def _reason(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from img2vid.data.backends import VideoInfo, check_indices
+from img2vid.data.backends import Reader, check_indices
 from img2vid.data.backends.guard import ordinary_video, same_count
 from img2vid.data.errors import VideoError, missing_extra
 
@@ -27,14 +27,13 @@ def _decoder_class():
     return VideoDecoder
 
 
-class TorchcodecReader:
+class TorchcodecReader(Reader):
     """Reads one video through torchcodec. `on_error` does not apply: torchcodec does not report concealed damage."""
 
     def __init__(self, source, label: str, on_error: str = "raise"):
         decoder_class = _decoder_class()
         self.label = label
         self.frames, self.fps, self.codec, self.container = ordinary_video(source, label, "torchcodec")
-        self.likely_frames, self.damaged = self.frames, 0
         try:
             self.decoder = decoder_class(
                 source if isinstance(source, str) else source.getvalue(),
@@ -58,17 +57,5 @@ class TorchcodecReader:
         except RuntimeError as error:
             raise self._failed(error) from error
 
-    @property
-    def info(self) -> VideoInfo:
-        height, width = self.read([0])[0].shape[:2]
-        seconds = float(self.frames / self.fps) if self.fps else None
-        return VideoInfo(self.frames, self.fps, height, width, self.codec, self.container, seconds)
-
     def close(self) -> None:
         self.decoder = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.close()

@@ -1,0 +1,48 @@
+"""A library's factory at work: what it loads is said aloud, and what it stumbles over is told as one error."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from img2vid.config import shown
+from img2vid.errors import BackboneError, Img2VidError
+
+log = logging.getLogger("img2vid")  # commands show it
+
+
+@contextmanager
+def building(name: str, arguments: dict[str, Any]) -> Iterator[None]:
+    """Turn whatever a factory raises, which depends on where its arguments first make no sense, into one error.
+
+    Raises:
+        BackboneError: the factory failed.
+    """
+    try:
+        yield
+    except (Img2VidError, OSError):  # these are clear, or about fetching
+        raise
+    except Exception as error:
+        lines = " ".join(str(error).split())
+        given = f" with {shown(arguments)}" if arguments else ""
+        raise BackboneError(
+            f"{name} cannot be built{given}: {type(error).__name__}: {lines[:400]}"
+            + (". Arguments that change the architecture need --random-weights." if "size mismatch" in lines else "")
+        ) from error
+
+
+def say_loading(name: str, model: nn.Module, weights: str | Path | None, random_weights: bool, part: str = "") -> None:
+    """Announce what is about to take its time, with its size. ``model`` may be on the meta device."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    if weights is not None:
+        size = f", {os.path.getsize(weights) / 1e6:,.0f} MB" if os.path.isfile(weights) else ""
+        source = f"from {weights}{size}"
+    else:
+        source = "with random weights" if random_weights else "from its library's cache, or downloading it"
+    log.info("Building %s (%s%.1f M parameters) %s.", name, part, millions, source)

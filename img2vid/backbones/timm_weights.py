@@ -1,0 +1,116 @@
+"""Local weights files into timm models, through timm's own readers of foreign layouts.
+
+Those readers (``checkpoint_filter_fn``, one an architecture) rename, merge, leave out and resample without a word.
+Here what they resample is watched: position tables for another image size are wanted and reported, patch projections
+for another patch size are another model and refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.models import vision_transformer
+from torch import Tensor, nn
+
+from img2vid.errors import WeightsError
+from img2vid.weights import LoadReport, in_a_row, load_weights, read_weights, short
+
+CLASSIFIER_KEYS = [r"(head|head_dist|fc|head\.fc)\.(weight|bias)"]
+
+
+def load_file(model: nn.Module, path: str | Path) -> LoadReport:
+    """Load a local weights file; a classifier in it is dropped, for which a feature extractor has no place.
+
+    Raises:
+        WeightsError: it cannot be read, is of another architecture or patch size, or its keys do not fit.
+    """
+    file = read_weights(path)
+    state, resampled, left_out = to_timm_layout(model, file.state, str(path))
+    report = load_weights(model, state, allow_dropped=CLASSIFIER_KEYS, source=str(path))
+    report.resampled, report.notes = resampled, file.notes
+    if left_out:
+        report.notes.append(f"Merged into others or left out by timm's reader: {in_a_row(left_out)}.")
+    return report
+
+
+def to_timm_layout(
+    model: nn.Module, state: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """``state`` under timm's names and at the model's sizes; what was resampled; and what did not arrive as it was."""
+    to_timm = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if to_timm is None:
+        return dict(state), [], []
+    try:
+        with watched(sys.modules[to_timm.__module__], vision_transformer) as seen:
+            converted = to_timm(dict(state), model)
+    except (KeyError, RuntimeError, ValueError, AttributeError, IndexError, AssertionError) as error:
+        raise WeightsError(
+            f"{source} is in no layout that timm knows for {type(model).__name__} ({short(error)})."
+        ) from error
+    names = {id(tensor): name for name, tensor in converted.items()}
+    changed = [(event, names[id(event.after)]) for event in seen if id(event.after) in names]
+    for event, name in changed:
+        if event.resampler == "resample_patch_embed":
+            given, expected = (" x ".join(map(str, tensor.shape[-2:])) for tensor in (event.before, event.after))
+            raise WeightsError(
+                f"{source} was trained on patches of {given} pixels, but {type(model).__name__} here cuts patches of "
+                f"{expected}: {name} is {tuple(event.before.shape)}, {tuple(event.after.shape)} expected. Nothing was "
+                f"loaded. Choose an architecture with patches of {given}."
+            )
+    arrived = {tensor.data_ptr() for tensor in converted.values()} | {event.before.data_ptr() for event, _ in changed}
+    left_out = sorted(name for name, tensor in state.items() if tensor.data_ptr() not in arrived)
+    return converted, [f"{name} ({event.grids})" for event, name in changed], left_out
+
+
+WATCHING = threading.Lock()  # of two threads, one must not take the other's watch for timm's function
+
+
+class Resampling(NamedTuple):
+    resampler: str
+    before: Tensor
+    after: Tensor
+    grids: str
+
+
+@contextmanager
+def watched(*modules: object) -> Iterator[list[Resampling]]:
+    """Everything that timm's resampling functions change meanwhile, where they are called from ``modules``."""
+    seen: list[Resampling] = []
+
+    def watch(resample):
+        @functools.wraps(resample)
+        def watching(before: Tensor, *args, **kwargs) -> Tensor:
+            after = resample(before, *args, **kwargs)
+            if after.shape != before.shape or not torch.equal(after, before):
+                seen.append(Resampling(resample.__name__, before, after, grids(before, after, kwargs)))
+            return after
+
+        return watching
+
+    names = ("resample_patch_embed", "resample_abs_pos_embed", "resize_rel_pos_bias_table")
+    with WATCHING:
+        pairs = [(module, name) for module in modules for name in names if hasattr(module, name)]
+        originals = {(module, name): getattr(module, name) for module, name in pairs}
+        try:
+            for (module, name), resample in originals.items():
+                setattr(module, name, watch(resample))
+            yield seen
+        finally:
+            for (module, name), resample in originals.items():
+                setattr(module, name, resample)
+
+
+def grids(before: Tensor, after: Tensor, arguments: Mapping) -> str:
+    if "new_size" not in arguments or "num_prefix_tokens" not in arguments:
+        return f"{tuple(before.shape)} to {tuple(after.shape)}"
+    side = math.isqrt(before.shape[1] - arguments["num_prefix_tokens"])  # timm takes it as a square where not told
+    old, new = arguments.get("old_size") or (side, side), arguments["new_size"]
+    return f"grid {old[0]} x {old[1]} to {new[0]} x {new[1]}"

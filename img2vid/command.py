@@ -1,0 +1,112 @@
+"""What all commands share: how they say what they are doing, and how they end, whatever they were given."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from img2vid.config import shown
+from img2vid.errors import Img2VidError
+
+INTERRUPTED, READER_GONE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells count
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "storage size calculation overflowed")
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command to its exit code: its own, or 2 and one message where the user can mend what is wrong.
+
+    Errors that are not the user's to mend are bugs, and keep their traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            code = command()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk or a closed pipe is told here, not while Python shuts down
+        return code
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        sys.stdout = None
+        return READER_GONE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Img2VidError as error:
+        message = str(error)
+    except OSError as error:  # files that cannot be read or written are the user's to mend too
+        message = f"{error.strerror}: {shown(error.filename)}" if error.strerror and error.filename else str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = (
+            f"This does not fit into memory ({first_line(error)}). Smaller are: --num-frames, --image-size, "
+            "--dtype bfloat16, and, where the certificate is what runs out, --certify-frames 1 2 or --certify-size."
+        )
+    print(f"error: {message}", file=sys.stderr)
+    if not writable(sys.stdout):
+        sys.stdout = None
+    return 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in NO_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def writable(stream: object) -> bool:
+    try:
+        stream.flush()
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+class Progress(logging.Handler):
+    """Says what a command is doing: a line with the seconds so far; on a terminal a spinner for what takes long.
+
+    Inside ``stage`` the package's own log speaks too: what is loaded, from where, how large.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        from rich.console import Console
+
+        self.console = Console()
+        self.started = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        from rich.text import Text  # not markup: brackets in a path are brackets
+
+        seconds = (f"{time.perf_counter() - self.started:6.1f} s  ", "dim")
+        self.console.print(Text.assemble(seconds, text), soft_wrap=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+    @contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        from rich.text import Text
+
+        logger = logging.getLogger("img2vid")
+        level = logger.level
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+        try:
+            if self.console.is_terminal:
+                with self.console.status(Text(text)):
+                    yield
+            else:  # a log file should show where the time goes, and where it ended
+                self.say(text)
+                yield
+        finally:
+            logger.setLevel(level)
+            logger.removeHandler(self)

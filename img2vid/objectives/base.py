@@ -1,0 +1,183 @@
+"""The pieces every objective shares: what it may know before training, what it sees at a step, and weighted sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from img2vid.errors import Img2VidError, nearest
+
+
+class ObjectiveError(Img2VidError):
+    """An objective that does not fit the model, the data, or its own settings."""
+
+
+@dataclass
+class Surroundings:
+    """What an objective may ask for before the first step.
+
+    Args:
+        model: the video model that is trained, with the weights it starts from.
+        class_names: of the training list, in the order of its labels; None where only numbers are known.
+        captions: all distinct captions of the training list.
+        rank, world_size: of this process.
+        image_model: builds the frozen image model; called only by objectives that compare with it.
+    """
+
+    model: nn.Module
+    class_names: Sequence[str] | None = None
+    captions: Sequence[str] = ()
+    rank: int = 0
+    world_size: int = 1
+    image_model: Callable[[], nn.Module] | None = None
+
+
+class Step:
+    """One batch on its way through the model. However many objectives look, the video tower runs once.
+
+    Args:
+        model: a VideoModel or VideoTextModel.
+        batch: clip (B, T, C, H, W) and what else the objectives read.
+        chunk_size: clips at a time, or None for all at once. In chunks, only features stay in memory and each chunk is
+            run again for its gradients: the gradient cache of arXiv:2101.06983, as activation checkpointing of the
+            whole tower, so that a contrastive batch may be larger than what fits.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any], chunk_size: int | None = None) -> None:
+        self.model, self.batch, self.chunk_size = model, batch, chunk_size
+
+    @cached_property
+    def encoded(self) -> tuple[Tensor, Tensor]:
+        return self.encode(self.batch["clip"])
+
+    @property
+    def features(self) -> Tensor:
+        """Clip features (B, D), of the length the model gives them."""
+        return self.encoded[0]
+
+    @property
+    def tokens(self) -> Tensor:
+        """What the last block put out, (B*T, P + N, D)."""
+        return self.encoded[1]
+
+    @cached_property
+    def video(self) -> Tensor:
+        """Clip features (B, D) of length one."""
+        return F.normalize(self.features, dim=-1)
+
+    def encode(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips (B, T, C, H, W) -> features (B, D) and last tokens (B*T, P + N, D)."""
+        return in_chunks(lambda part: encode_clips(self.model, part), clips, self.chunk_size)
+
+    def text(self, tokens: Tensor, train: bool = True) -> Tensor:
+        """Token ids (N, L) -> features (N, D) of length one."""
+        with torch.set_grad_enabled(train and torch.is_grad_enabled()):
+            encoded = in_chunks(lambda part: (self.model.encode_text(part, normalize=True),), tokens, self.chunk_size)
+        return encoded[0]
+
+
+def in_chunks(encode: Callable[[Tensor], tuple[Tensor, ...]], inputs: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    if size is None or not torch.is_grad_enabled() or len(inputs) <= size:
+        return encode(inputs)
+    parts = [checkpoint(encode, part, use_reentrant=False) for part in inputs.split(size)]
+    return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
+
+
+def encode_clips(model: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Clips (B, T, C, H, W) -> features (B, D), before any classifier, and the last block's output (B*T, P + N, D)."""
+    tower, seen = getattr(model, "visual", model).tower, []
+    hook = tower.blocks[-1][1].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    try:
+        features = model.encode_video(clips) if hasattr(model, "encode_video") else model.clip_features(clips)
+    finally:
+        hook.remove()
+    first = [x[0] if isinstance(x, tuple) else x for x in (features, seen[-1])]
+    return first[0], first[1]
+
+
+class Objective(nn.Module):
+    """One way of scoring a model on a batch. It has no parameters of its own.
+
+    trains_text, reads_scale: whether gradients reach the text tower, and the model's ``logit_scale``. What they do not
+    reach must be frozen, or processes would wait for it.
+    """
+
+    trains_text = False
+    reads_scale = False
+
+    def setup(self, around: Surroundings) -> None:
+        """Called once before the first step."""
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Scalars, each named ``*_loss``, to be added up."""
+        raise NotImplementedError
+
+    def predict(self, step: Step) -> Tensor | None:
+        """Scores (B, classes) for the labels of the list; None where the objective knows no classes."""
+        return None
+
+
+class WeightedSum(Objective):
+    """Any objectives, added up with weights; their losses come back weighted, each under its own name.
+
+    Args:
+        objectives: by a name of your choice.
+        weights: by the same names; 1 for those not named.
+    """
+
+    def __init__(self, objectives: dict[str, Objective], weights: dict[str, float] | None = None) -> None:
+        super().__init__()
+        self.weights = dict(weights or {})
+        if not objectives:
+            raise ObjectiveError("WeightedSum has no objectives; give at least one.")
+        for name in self.weights:
+            if name not in objectives:
+                raise ObjectiveError(
+                    f"weights: no objective is called {name!r}.{nearest(name, objectives)} "
+                    f"There are: {', '.join(objectives)}."
+                )
+        self.objectives = nn.ModuleDict(objectives)
+        self.trains_text = any(objective.trains_text for objective in objectives.values())
+        self.reads_scale = any(objective.reads_scale for objective in objectives.values())
+
+    def setup(self, around: Surroundings) -> None:
+        for objective in self.objectives.values():
+            objective.setup(around)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            for key, loss in objective(step).items():
+                key = f"{name}_{key}" if key in total else key
+                total[key] = self.weights.get(name, 1.0) * loss
+        return total
+
+    def predict(self, step: Step) -> Tensor | None:
+        found = (objective.predict(step) for objective in self.objectives.values())
+        return next((scores for scores in found if scores is not None), None)
+
+
+def choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        hint = nearest(str(value), choices)
+        raise ObjectiveError(f"{name}={value!r}: expected one of {', '.join(choices)}.{hint}")
+
+
+def share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise ObjectiveError(f"{name}={value!r}: expected a number from 0 to below 1.")
+
+
+def need_text(model: nn.Module, what: str) -> None:
+    if not hasattr(model, "encode_text"):
+        raise ObjectiveError(
+            f"{what} needs a text tower, which this {type(model).__name__} has not. Use a backbone that has one "
+            "(open_clip:..., nano_clip), without num_classes."
+        )

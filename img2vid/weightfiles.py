@@ -1,0 +1,235 @@
+"""State dicts out of files, whatever wraps them; a file that is something else is called by its name.
+
+Pickles are only ever read with ``weights_only=True``: a file made to run code is refused and does not run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from img2vid.errors import WeightsError
+
+# names that training scripts put a state dict under; of several in one file the first of these is taken, and said
+WRAPPERS = (
+    "state_dict",
+    "model_state",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "model_ema",
+    "state_dict_ema",
+    "ema",
+)
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
+
+
+@dataclass
+class WeightsFile:
+    """Tensors of one file by name, and what else was in it.
+
+    Args:
+        wrapper: the key they were under, None for a bare state dict.
+        others: further state dicts beside the one that was taken.
+        left_out: tensors beside it, and entries in it that are no tensors.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    wrapper: str | None = None
+    others: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should hear about the file."""
+        notes = []
+        if self.others:
+            notes.append(
+                f"{self.path} holds several state dicts: {self.wrapper!r} was taken, {', '.join(self.others)} left. "
+                f"For another: save_file(img2vid.weights.read_state_dict(path, wrapper={self.others[0]!r}), "
+                "'other.safetensors'), with safetensors.torch.save_file."
+            )
+        if self.left_out:
+            notes.append(f"Left out of {self.path}, not being weights by name: {', '.join(self.left_out)}.")
+        return notes
+
+
+def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` or pickled (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) weights file, on the CPU.
+
+    Args:
+        wrapper: the key of the state dict in a file that holds several, such as ``model_ema``. By default known
+            wrappers (``{"state_dict": ...}``) and prefixes that all keys share (``module.``) are taken off.
+
+    Raises:
+        WeightsError: no such file, truncated, not a weights file, or a pickle that holds more than tensors.
+    """
+    return read_weights(path, wrapper).state
+
+
+def read_weights(path: str | os.PathLike, wrapper: str | None = None) -> WeightsFile:
+    """``read_state_dict`` together with what else the file held."""
+    path = Path(path)
+    try:
+        return unwrap(read_content(path), path, wrapper)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or short(error)}.") from error
+
+
+def read_content(path: Path) -> object:
+    if path.is_dir():
+        raise WeightsError(
+            f"{path} is a folder; give a weights file. A folder saved by img2vid loads with img2vid.load."
+        )
+    if not path.is_file():
+        raise WeightsError(f"There is no weights file {path}.")
+    with path.open("rb") as file:
+        head = file.read(1024)
+    if not head:
+        raise WeightsError(f"{path} is empty (0 bytes); download or copy it again.")
+    # content decides, not the suffix: files get renamed. 8 bytes of header length, then the header, which is JSON
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        return read_safetensors(path)
+    mistaken = something_else(path, head)
+    if mistaken is not None:
+        raise WeightsError(f"{path} holds no weights that can be read here: it is {mistaken}.")
+    return read_safetensors(path) if path.suffix == ".safetensors" and head[:2] != b"PK" else read_pickle(path)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise WeightsError(f"{path} is damaged, truncated, or no safetensors file: {short(error)}") from error
+
+
+def read_pickle(path: Path) -> object:
+    try:
+        # training scripts save their options along; a Namespace is nothing but attributes
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"needs {found[1]} to be rebuilt, as whole pickled models do" if found else "holds more than tensors"
+        raise WeightsError(
+            f"{path} was not loaded: it is no plain weights file but {what}. Pickles can run code, so only tensors in "
+            "plain containers are accepted. If you trust its author, load it with their own code and save "
+            "torch.save(model.state_dict(), ...) or safetensors."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        # whatever the unpickler stumbles over in a file that is no pickle
+        raise WeightsError(f"{path} is damaged, truncated, or no PyTorch file: {short(error)}") from error
+
+
+HTML = "an HTML page, probably a login or error page of a download; fetch the file itself"
+NUMPY = (
+    "a NumPy archive. Let timm read it, image_model = timm.create_model(NAME); "
+    "timm.models.load_checkpoint(image_model, FILE), then img2vid.convert(image_model) or save its state_dict()"
+)
+SIGNATURES = {
+    b"version https://git-lfs": "a git-lfs pointer, not the file it points to; run git lfs pull in its repository",
+    b"<!doctype html": HTML,
+    b"<html": HTML,
+    b"<?xml": "an XML page, probably an error answer of a download",
+    b"{": "JSON text: an error answer of a download, or the index of a checkpoint in several files, which have to be "
+    "merged into one",
+    b"\x93numpy": NUMPY,
+    b"\x89hdf": "an HDF5 file, as Keras writes them, for which there is no reader here",
+    b"\x1f\x8b": "compressed (gzip); unpack it first",
+}
+
+
+def something_else(path: Path, head: bytes) -> str | None:
+    """What a file is that cannot hold weights, by its first bytes; None where it may."""
+    if head.startswith(b"PK"):
+        return zip_of_something_else(path)
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((what for start, what in SIGNATURES.items() if text.startswith(start)), None)
+
+
+def zip_of_something_else(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError):
+        return "damaged or truncated: a torch.save archive whose end is missing; download or copy it again"
+    if any(name.endswith(".npy") for name in names):
+        return NUMPY
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "a TorchScript archive, which is code. Save torch.jit.load(FILE).state_dict() with torch.save instead"
+    if not any(name.endswith("data.pkl") for name in names):
+        return f"a zip archive of other files ({', '.join(names[:3]) or 'none'}); unpack it first"
+    return None
+
+
+def unwrap(content: object, path: Path, wrapper: str | None = None) -> WeightsFile:
+    """The state dict inside a checkpoint: through at most two wrappers, without a prefix that all its keys share."""
+    found = WeightsFile(path, {})
+    for level in range(2):
+        inside = state_dicts_in(content)
+        chosen = wrapper if level == 0 and wrapper is not None else next((w for w in WRAPPERS if w in inside), None)
+        if chosen is None:
+            break
+        if chosen not in inside:
+            raise WeightsError(f"{path} holds no state dict {chosen!r}. It has: {', '.join(inside) or 'none'}.")
+        found.wrapper = chosen if found.wrapper is None else f"{found.wrapper}.{chosen}"
+        found.others += [name for name in inside if name != chosen] if wrapper is None else []
+        found.left_out += [str(name) for name, value in content.items() if isinstance(value, Tensor)]
+        content = content[chosen]
+    nested = state_dicts_in(content)
+    if nested:
+        raise WeightsError(
+            f"{path} holds state dicts under names that do not say which is meant: {', '.join(nested)}. Take one in "
+            f"Python, img2vid.weights.read_state_dict(path, wrapper={nested[0]!r}), and save it as a file of its own."
+        )
+    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
+        kind = f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__
+        raise WeightsError(
+            f"{path} holds no state dict ({kind}). Expected tensors by name, bare or under {', '.join(WRAPPERS)}."
+        )
+    nameless = [key for key in content if not isinstance(key, str)]
+    if nameless:
+        raise WeightsError(
+            f"{path} holds no state dict: its keys are not names of parameters but {nameless[0]!r} "
+            f"({type(nameless[0]).__name__}) and the like. Save model.state_dict()."
+        )
+    found.left_out += [key for key, value in content.items() if not isinstance(value, Tensor)]
+    found.state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in found.state)), None):
+        found.state = {key.removeprefix(prefix): value for key, value in found.state.items()}
+    return found
+
+
+def state_dicts_in(content: object) -> list[str]:
+    """Keys of the mappings that hold tensors, directly or under a known wrapper."""
+    if not isinstance(content, Mapping):
+        return []
+    return [key for key, value in content.items() if isinstance(key, str) and holds_tensors(value)]
+
+
+def holds_tensors(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return any(isinstance(v, Tensor) for v in value.values()) or any(holds_tensors(value.get(w)) for w in WRAPPERS)
+
+
+def short(error: BaseException, most: int = 200) -> str:
+    """The first line of an error that a library raised, without colours."""
+    text = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", str(error)).strip()
+    line = text.splitlines()[0] if text else "no details"
+    return f"{type(error).__name__}: {line if len(line) <= most else line[:most] + ' ...'}"
