@@ -20,7 +20,6 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-import img2vid.tuning as tuning
 from img2vid.backbones import wrap_module
 from img2vid.callbacks import CheckpointOnException, ParameterSummary, SaveModel, Throughput, WatchTime
 from img2vid.checkpoints.native import load, load_reference
@@ -31,6 +30,15 @@ from img2vid.data.transforms import InputSpec
 from img2vid.errors import Img2VidError
 from img2vid.model import VideoModel, VideoTextModel, build_model
 from img2vid.objectives import Objective, Step, Surroundings
+from img2vid.tuning import (
+    GradualUnfreezing,
+    build_optimizer,
+    build_schedule,
+    eval_frozen,
+    freeze,
+    parameter_groups,
+    penalty,
+)
 
 
 class TrainingError(Img2VidError):
@@ -109,11 +117,11 @@ class VideoTraining(pl.LightningModule):
         self.objective, self.how, self.chunk_size = objective, how, chunk_size
         self.save_to, self.seed, self.compiles = save_to, seed, compile
         self.accuracy: nn.Module | None = None
-        self.unfreezing = tuning.GradualUnfreezing(how.unfreeze) if how.unfreeze else None
-        tuning.freeze(self.model, how.freeze)
+        self.unfreezing = GradualUnfreezing(how.unfreeze) if how.unfreeze else None
+        freeze(self.model, how.freeze)
         freeze_what_is_not_read(self.model, objective)
         self.model.train()
-        tuning.eval_frozen(self.model)
+        eval_frozen(self.model)
         if grad_checkpointing:
             self.model.set_grad_checkpointing()
         # where each weight began, to say in the end how far it moved; not part of the module's state
@@ -188,15 +196,15 @@ class VideoTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         how = self.how
-        groups = tuning.parameter_groups(
+        groups = parameter_groups(
             self.model,
             how.lr,
             multipliers=how.multipliers,
             layer_decay=how.layer_decay,
             weight_decay=how.weight_decay,
         )
-        optimizer = tuning.build_optimizer(groups, how.optimizer, betas=how.betas, momentum=how.momentum)
-        schedule = tuning.build_schedule(
+        optimizer = build_optimizer(groups, how.optimizer, betas=how.betas, momentum=how.momentum)
+        schedule = build_schedule(
             optimizer,
             how.schedule,
             total_steps=self.total_steps(),
@@ -233,7 +241,7 @@ class VideoTraining(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         losses = self.objective(Step(self.model, batch, self.chunk_size))
         if self.how.l1 or self.how.l2:
-            losses["penalty_loss"] = tuning.penalty(self.model, l1=self.how.l1, l2=self.how.l2)
+            losses["penalty_loss"] = penalty(self.model, l1=self.how.l1, l2=self.how.l2)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         if not torch.isfinite(total):
             raise TrainingError(non_finite(losses, batch, self.global_step, self.current_epoch, batch_idx))

@@ -21,7 +21,8 @@ class Classification(Objective):
         classes: for ``text``: ``label``, the list's class names, put into the prompts; or ``caption``, every distinct
             caption of the training list as it stands. The latter suits lists of few captions, where a contrastive batch
             would hold the same caption several times, each a false negative for the others.
-        prompts: templates with ``{}``; a class's embeddings are normalised, averaged, and normalised again.
+        prompts: templates with ``{}``; a class's embeddings are normalised, averaged, and normalised again (under
+            ``caption``, where they are for validation only, the best one counts).
         label_smoothing: share of the target that is spread over all classes.
         scale: what cosines are multiplied by for the softmax of ``text``; None for the model's own ``logit_scale``. The
             larger, the smaller the angles that suffice to tell classes apart.
@@ -109,7 +110,12 @@ class Classification(Objective):
         optimizer = torch.optim.Adam(tower, lr=1e-3)
         for _ in range(self.spread_steps):
             optimizer.zero_grad()
-            sum(self.text_losses(step, self.embed_classes(step, self.classes, train=True)).values()).backward()
+            losses = self.text_losses(step, self.embed_classes(step, self.classes, train=True))
+            if self.classes == "caption" and hasattr(self, "label_tokens"):
+                # what a class means should not depend on the rest of the caption
+                labels = self.embed_classes(step, "label", train=True)
+                losses["label_spread_loss"] = self.text_losses(step, labels)["text_spread_loss"]
+            sum(losses.values()).backward()
             optimizer.step()
         optimizer.zero_grad()
         for parameter in frozen:
@@ -176,7 +182,11 @@ class Classification(Objective):
             return step.model.classifier(step.features)
         if not hasattr(self, "label_tokens"):
             return None
-        return self.factor(step) * step.video @ self.class_embeddings(step, "label").T
+        if self.classes == "label":
+            return self.factor(step) * step.video @ self.class_embeddings(step, "label").T
+        # whole captions were learned, not averages of them: a class is as likely as the likeliest of its prompts
+        text = step.text(self.label_tokens.flatten(0, 1), train=False)  # (classes * P, D)
+        return self.factor(step) * (step.video @ text.T).unflatten(1, self.label_tokens.shape[:2]).amax(dim=2)
 
     def factor(self, step: Step) -> Tensor | float:
         return step.model.logit_scale.exp() if self.scale is None else self.scale
