@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import img2vid
 from img2vid.cli import main as cli
 from img2vid.convert import main as convert
 
@@ -19,11 +20,13 @@ def snippets(language: str) -> list[str]:
 def test_python(tmp_path, monkeypatch):
     """One after the other in one session, as a reader would."""
     monkeypatch.chdir(tmp_path)
+    img2vid.convert("nano_clip").save_pretrained("runs/convert/nano_clip")  # as the first command has done
     names = {}
     assert len(snippets("python")) >= 4
     for code in snippets("python"):
         exec(compile(code, "README.md", "exec"), names)
     assert names["features"].shape == (1, 192)
+    assert names["scores"].shape == (1, 2) and abs(float(names["scores"].detach().sum()) - 1) < 1e-5
     assert names["accuracy"] == pytest.approx(0.98, abs=0.01)
     assert sum(len(group) for group in names["groups"].values()) > 200
 

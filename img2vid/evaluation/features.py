@@ -33,7 +33,7 @@ from img2vid.data.manifest import VideoList
 from img2vid.evaluation.conditions import CONDITIONS, LEVELS, order_frames, represent, video_part
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.processes import Processes
-from img2vid.evaluation.reading import Problem, Videos, Views, input_spec, read_in_order, stack, stamp
+from img2vid.evaluation.reading import Problem, Videos, Views, identity, input_spec, read_in_order, stack, stamp
 from img2vid.evidence import fingerprint, in_eval_mode
 from img2vid.model import VideoModel, VideoTextModel
 
@@ -241,7 +241,7 @@ class Store:
 
 def cache_key(model, model_hash: str, videos: VideoList, views: Views, level: str, precision: str) -> dict:
     """Everything that features depend on."""
-    rows = [[row.path, row.start_seconds, row.end_seconds] for row in videos.rows]
+    rows = [identity(row) for row in videos.rows]
     return {
         "format": FORMAT,
         "model": model_hash,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features, extract
 from img2vid.evaluation.processes import Processes, processes
-from img2vid.evaluation.reading import Views
+from img2vid.evaluation.reading import Views, identity
 from img2vid.evaluation.results import describe_data, describe_run, write_result
 from img2vid.evaluation.tables import counted, probe_table, protocol_line, show
 
@@ -46,11 +47,9 @@ def knn(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor
 
 def linear(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, seed: int) -> tuple[Tensor, float]:
     """Logistic regression: probabilities (n, C) of the test features, and the penalty chosen."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise EvaluationError("A linear probe needs scikit-learn. Run: pip install 'img2vid[eval]'") from error
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import train_test_split
+
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     x, y, probe = ((train - mean) / std).numpy(), labels.numpy(), ((test - mean) / std).numpy()
 
@@ -133,6 +132,8 @@ def probe(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise EvaluationError(f"Probes {unknown}: expected some of {', '.join(KINDS)}.")
+    if "linear" in kinds and find_spec("sklearn") is None:
+        raise EvaluationError("A linear probe needs scikit-learn. Run: pip install 'img2vid[eval]'")
     if train.class_names != test.class_names:
         raise EvaluationError(f"{train.source} and {test.source} name other classes; give --classes to both.")
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
@@ -154,8 +155,8 @@ def probe(
     )  # fmt: skip
     result = describe_run("probe", model, source, test, tested, compute, conditions)
     result["train"] = describe_data(train, learned)
-    places = {(row.path, row.start_seconds, row.end_seconds) for row in train.rows}
-    result["data"]["also_in_train"] = sum((r.path, r.start_seconds, r.end_seconds) in places for r in test.rows)
+    learned_from = {identity(row) for row in train.rows}
+    result["data"]["also_in_train"] = sum(identity(row) in learned_from for row in test.rows)
     result["protocol"] |= {
         "name": "probe",
         "fusion": "probability",

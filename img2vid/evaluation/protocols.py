@@ -24,6 +24,7 @@ from img2vid.errors import nearest
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.metrics import harmonic_mean, mean_and_std
 from img2vid.evaluation.prompts import class_list
+from img2vid.evaluation.reading import identity
 from img2vid.evaluation.webdataset import is_webdataset, read_webdataset
 
 PROTOCOLS = ("list", "splits", "all", "halves", "class-splits", "base-to-novel")
@@ -107,7 +108,7 @@ def merge(lists: list[tuple[str, VideoList]], names: list[str] | None) -> Lists:
         members[name] = []
         named = number_labels([row_named(row, own) for row in videos.rows], names, videos.source)
         for row in named.rows:
-            key = (row.path, row.start_seconds, row.end_seconds)
+            key = identity(row)
             if key not in row_of:
                 row_of[key] = len(rows)
                 rows.append(row)

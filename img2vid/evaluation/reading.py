@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from img2vid.data.datasets import ClipSampler, VideoDataset
 from img2vid.data.errors import VideoError
-from img2vid.data.manifest import VideoList
+from img2vid.data.manifest import Row, VideoList
 from img2vid.data.transforms import InputSpec, TestTransform
 from img2vid.evaluation.conditions import video_part
 from img2vid.evaluation.errors import EvaluationError
@@ -163,6 +163,11 @@ def stamp(path: str) -> list[int] | None:
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
+
+
+def identity(row: Row) -> tuple:
+    """What makes two rows the same video: the file, wherever the list was opened from, and the part of it."""
+    return os.path.abspath(row.path), row.start_seconds, row.end_seconds
 
 
 def stack(clips: list[Tensor]) -> Tensor:

@@ -11,8 +11,10 @@ import base64
 import html
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
+from img2vid.data.manifest import numbered_records
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import write_whole
 from img2vid.evaluation.results import read_result
@@ -162,13 +164,48 @@ def plot_results(paths: Sequence[str], out: str | None) -> int:
     return 0
 
 
+def read_curves(path: str | Path, patterns: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    """Columns of a training log over its column ``step``, as Lightning's CSVLogger writes it; empty cells are left out.
+
+    Raises:
+        EvaluationError: no such columns, or a cell that is no number.
+    """
+    rows = [record for _, record in numbered_records(Path(path))]
+    columns = [name for name in (rows[0] if rows else {}) if name not in ("step", "epoch")]
+    if not rows or "step" not in rows[0]:
+        raise EvaluationError(f"{path}: expected a CSV with a column step and at least one row.")
+    wanted = [name for name in columns if any(fnmatch(name, pattern) for pattern in patterns)]
+    if not wanted:
+        raise EvaluationError(f"{path} has no column like {' or '.join(patterns)}; it has {', '.join(columns)}.")
+    try:
+        return {name: [(float(r["step"]), float(r[name])) for r in rows if r[name]] for name in wanted}
+    except ValueError as error:
+        raise EvaluationError(f"{path}: {error}") from error
+
+
+def curves_main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("img2vid plot curves", description="draw columns of a training log over its steps")
+    parser.add_argument("log", metavar="metrics.csv", help="with a column step, as Lightning's CSVLogger writes it")
+    parser.add_argument("--columns", nargs="+", default=["*"], help="names or patterns, such as 'gate*' (default: all)")
+    parser.add_argument("--log-scale", action="store_true", help="values on a logarithmic axis")
+    parser.add_argument("--out", default="runs/curves.png", help="default: runs/curves.png")
+    options = parser.parse_args(argv)
+    from img2vid import plots
+
+    curves = read_curves(options.log, options.columns)
+    print(f"wrote {plots.save(plots.curves_figure(curves, Path(options.log).name, options.log_scale), options.out)}")
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["curves"]:
+        return curves_main(argv[1:])
     if argv[:1] == ["attention"]:
         from img2vid.evaluation.attention import main as attention_main
 
         return attention_main(argv[1:])
     parser = argparse.ArgumentParser("img2vid plot", description=__doc__.split("\n\n")[0], epilog=(
-        "img2vid plot attention --help: what a model looks at in a video"
+        "img2vid plot attention --help: what a model looks at in a video; img2vid plot curves --help: training logs"
     ))  # fmt: skip
     parser.add_argument("results", nargs="+", metavar="RESULT.json", help="written by img2vid eval")
     parser.add_argument("--out", help="a page (.html) or a picture (.png); default: runs/report.html")

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,7 @@ def describe_data(videos: VideoList, features: Features) -> dict[str, Any]:
 
 def names_of(videos: VideoList) -> list[str]:
     """Paths below the folder that all videos share, so that lists agree on machines that keep them elsewhere."""
-    paths = [row.path for row in videos.rows]
+    paths = [os.path.abspath(row.path) for row in videos.rows]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
     return [os.path.relpath(path, common) for path in paths]
 
@@ -107,7 +108,10 @@ def versions() -> dict[str, str]:
 def write_result(result: dict, path: str | Path) -> Path:
     """Write a result, whole or not at all."""
     path = Path(path)
-    write_whole(path, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    # lists of numbers on one line: a confusion matrix is read by rows (a text has no line breaks in JSON)
+    text = re.sub(r"\[\n\s*(-?\d[-+.,\deE\s]*?)\n\s*\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    write_whole(path, (text + "\n").encode())
     return path
 
 

@@ -19,15 +19,16 @@ from torch.nn import functional as F
 
 import img2vid.evaluation.options as common
 from img2vid.checkpoints.native import load
-from img2vid.data.manifest import VideoList
+from img2vid.data.manifest import Row, VideoList
+from img2vid.data.sampling import frame_range
 from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, extract
 from img2vid.evaluation.processes import Processes, processes
 from img2vid.evaluation.prompts import embed_texts
-from img2vid.evaluation.reading import Views
-from img2vid.evaluation.results import describe_run, write_result
+from img2vid.evaluation.reading import Views, identity
+from img2vid.evaluation.results import describe_run, names_of, write_result
 from img2vid.evaluation.tables import counted, protocol_line, retrieval_table, show
 
 
@@ -70,7 +71,7 @@ def with_captions(videos: VideoList) -> tuple[VideoList, int]:
     """Each video once with all its captions, however many rows it had; and the number of videos without any."""
     merged: dict = {}
     for row in videos.rows:
-        key = (row.path, row.start_seconds, row.end_seconds)
+        key = identity(row)
         merged[key] = replace(row, captions=merged[key].captions + row.captions) if key in merged else row
     rows = tuple(row for row in merged.values() if row.captions)
     if not rows:
@@ -88,6 +89,7 @@ def retrieval(
     template: str = "{}",
     baseline: bool = True,
     keep_predictions: bool = False,
+    picture: str | Path | None = None,
     seed: int = 0,
     source: str | None = None,
     cache: str | Path | None = None,
@@ -96,7 +98,11 @@ def retrieval(
     shared: Processes | None = None,
     on_progress=lambda count: None,
 ) -> dict | None:
-    """Text-to-video and video-to-text retrieval over the readable videos; None in all processes but the first."""
+    """Text-to-video and video-to-text retrieval over the readable videos; None in all processes but the first.
+
+    Args:
+        picture: a PNG to draw: what the first captions find, and beside it, as ``-similarity.png``, the first scores.
+    """
     compute, shared = compute or Compute(), shared or Processes()
     if not hasattr(model, "encode_text"):
         embed_texts(model, ["a"])  # says what to do
@@ -120,10 +126,10 @@ def retrieval(
     result = describe_run("retrieval", model, source, videos, features, compute, conditions)
     result["data"] |= {"captions": len(captions), "uncaptioned": uncaptioned}
     result["protocol"] |= {"name": "retrieval", "fusion": "feature", "template": template, "seed": seed}
-    result["metrics"], found = {}, {}
+    result["metrics"], found, similarity = {}, {}, {}
     for name in conditions:
         video = F.normalize(F.normalize(features.of[name].double(), dim=-1).mean(1), dim=-1)  # (N, D)
-        scores = text @ video.T
+        scores = similarity[name] = text @ video.T
         by_text, by_video = dual_softmax(scores, float(model.logit_scale.detach().exp()))
         found[name] = ranks(scores, owner)
         dual = ranks(by_text, owner)[0], ranks(by_video, owner)[1]
@@ -132,13 +138,42 @@ def retrieval(
             "video_to_text": recall(found[name][1], seed),
             "dual_softmax": {"text_to_video": recall(dual[0], seed), "video_to_text": recall(dual[1], seed)},
         }
+    if picture is not None:
+        draw(similarity["model"], owner, [c for _, c in captions], [videos.rows[row] for row in features.rows], picture)
     if keep_predictions:
+        names = names_of(videos)
         result["predictions"] = [
-            {"video": videos.rows[features.rows[i]].path, "caption": caption}
+            {"video": names[features.rows[i]], "caption": caption}
             | {name: {"rank": float(found[name][0][q])} for name in conditions}
             for q, (i, caption) in enumerate(captions)
         ]
     return result
+
+
+def draw(scores: Tensor, owner: Tensor, captions: list[str], rows: Sequence[Row], picture: str | Path) -> None:
+    """The five best videos of the first eight captions, as their middle frames, and the first 40 by 40 similarities."""
+    from img2vid.data.reading import read_clip
+    from img2vid.plots import retrieval_figure, save, similarity_figure
+
+    queries = []
+    for text, own, scored in zip(captions[:8], owner.tolist(), scores[:8], strict=False):
+        best = scored.argsort(descending=True, stable=True)[:5].tolist()
+        pictures = [middle(rows[i], read_clip) for i in best]
+        queries.append((text, pictures, best.index(own) if own in best else -1))
+    save(retrieval_figure(queries), picture)
+    some = [text[:40] for text in captions[:40]]
+    matrix = similarity_figure(scores[:40, :40].numpy(), some, [Path(row.path).stem for row in rows[:40]])
+    save(matrix, Path(picture).with_name(f"{Path(picture).stem}-similarity.png"))
+
+
+def middle(row: Row, read_clip):
+    """The middle frame of a row's part of its video, (H, W, 3)."""
+
+    def choose(frames, fps):
+        first, stop = frame_range(frames, fps, row.start_seconds, row.end_seconds)
+        return [(first + stop) // 2]
+
+    return read_clip(row.path, choose)[0].permute(1, 2, 0).numpy()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -148,16 +183,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--template", default="{}", help="what a caption is put into (default: {}, the caption alone)")
     parser.add_argument("--no-baseline", action="store_true", help="leave out the image model of the same weights")
     parser.add_argument("--predictions", action="store_true", help="keep the rank of every caption's video")
+    parser.add_argument("--picture", metavar="FILE.png", help="draw what the first captions find, and similarities")
     common.add_views(parser)
     common.add_compute(parser)
     options = parser.parse_args(argv)
+    if options.picture is not None:
+        import img2vid.plots  # noqa: F401 (says now that matplotlib is missing, not after an hour)
     with processes() as shared:
         videos = common.lists_of(options, options.data, classes=None).videos
         model = load(options.model)
         with common.progress_bar("videos", -(-len(videos) // shared.world_size), shared.is_first) as advance:
             result = retrieval(
                 model, videos, common.views_of(options, model), template=options.template,
-                baseline=not options.no_baseline, keep_predictions=options.predictions, seed=options.seed,
+                baseline=not options.no_baseline, keep_predictions=options.predictions,
+                picture=options.picture, seed=options.seed,
                 source=options.model, cache=common.cache_of(options), compute=common.compute_of(options, shared),
                 strict=options.strict, shared=shared, on_progress=advance,
             )  # fmt: skip

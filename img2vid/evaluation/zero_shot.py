@@ -239,25 +239,13 @@ def main(argv: Sequence[str]) -> int:
         model = load(options.model)
         with common.progress_bar("videos", -(-len(lists.videos) // shared.world_size), shared.is_first) as advance:
             result = zero_shot(
-                model,
-                lists,
-                common.views_of(options, model),
-                templates=common.templates_of(options),
-                protocol=options.protocol,
-                fusion=options.fusion,
-                baseline=not options.no_baseline,
-                keep_predictions=options.predictions,
-                seed=options.seed,
-                source=options.model,
-                cache=common.cache_of(options),
-                compute=common.compute_of(options, shared),
-                strict=options.strict,
-                shared=shared,
-                on_progress=advance,
-                num_rounds=options.num_rounds,
-                class_splits=options.class_splits,
+                model, lists, common.views_of(options, model), templates=common.templates_of(options),
+                protocol=options.protocol, fusion=options.fusion, baseline=not options.no_baseline,
+                keep_predictions=options.predictions, seed=options.seed, source=options.model,
+                cache=common.cache_of(options), compute=common.compute_of(options, shared), strict=options.strict,
+                shared=shared, on_progress=advance, num_rounds=options.num_rounds, class_splits=options.class_splits,
                 base_classes=options.base_classes,
-            )
+            )  # fmt: skip
     if result is not None:
         write_result(result, options.out)
         print_classification(result, options.out)

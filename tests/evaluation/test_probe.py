@@ -93,6 +93,14 @@ def test_what_cannot_be_meant(timely, motion):
         probe(timely, test, other, Views(4))
 
 
+def test_a_missing_package_is_said_before_any_video_is_read(timely, motion, monkeypatch):
+    monkeypatch.setattr("img2vid.evaluation.probe.find_spec", lambda name: None)
+    monkeypatch.setattr("img2vid.evaluation.probe.extract", lambda *args, **kwargs: pytest.fail("read videos first"))
+    test = read_list(motion / "test.csv")
+    with pytest.raises(EvaluationError, match="needs scikit-learn"):
+        probe(timely, test, test, Views(4))
+
+
 def test_command(nano_folder, motion, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("img2vid.evaluation.probe.MIN_STEPS", 20)
     lists = ["--train", str(motion / "train.csv"), "--data", str(motion / "test.csv"), "--cache", str(tmp_path / "c")]

@@ -8,6 +8,7 @@ from img2vid.data.manifest import Row, VideoList, write_manifest
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.protocols import Lists, gather_lists, rounds, summarise
 from img2vid.evaluation.reading import Views
+from img2vid.evaluation.results import names_of
 from img2vid.evaluation.zero_shot import zero_shot
 from tests.evaluation.conftest import CPU
 
@@ -143,6 +144,14 @@ def test_merged_lists_number_alike(tmp_path):
     write_manifest([Row("/v/2.mp4", 1)], tmp_path / "d.csv")
     with pytest.raises(EvaluationError, match="give --classes"):
         gather_lists([tmp_path / "a.csv", tmp_path / "d.csv"])
+
+
+def test_one_video_by_two_paths_is_one_video(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_manifest([Row("1.mp4", "dog"), Row("2.mp4", "bee")], tmp_path / "a.csv")
+    write_manifest([Row("2.mp4", "bee"), Row("3.mp4", "bee")], tmp_path / "b.csv")
+    lists = gather_lists(["a.csv", tmp_path / "b.csv"])  # one relative, one absolute
+    assert len(lists.videos) == 3 and names_of(lists.videos) == ["1.mp4", "2.mp4", "3.mp4"]
 
 
 def test_known_class_list_by_name(tmp_path):

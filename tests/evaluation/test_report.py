@@ -14,7 +14,7 @@ from img2vid.evaluation.honesty import honesty
 from img2vid.evaluation.probe import probe
 from img2vid.evaluation.protocols import gather_lists
 from img2vid.evaluation.reading import Views
-from img2vid.evaluation.report import differences, report
+from img2vid.evaluation.report import differences, read_curves, report
 from img2vid.evaluation.results import read_result, write_result
 from img2vid.evaluation.retrieval import retrieval
 from img2vid.evaluation.zero_shot import zero_shot
@@ -103,6 +103,18 @@ def test_other_figures_show_what_they_are_given():
         assert plots.png(figure).startswith(b"\x89PNG")
 
 
+def test_curves_of_a_training_log(tmp_path, capsys):
+    log, out = tmp_path / "metrics.csv", tmp_path / "c.png"
+    log.write_text("epoch,gate/0,gate/1,loss,step\n0,0.0,0.0,,0\n0,,,2.5,4\n0,0.5,0.25,2.0,9\n")
+    assert read_curves(log, ["gate*"]) == {"gate/0": [(0, 0), (9, 0.5)], "gate/1": [(0, 0), (9, 0.25)]}
+    assert list(read_curves(log, ["*"])) == ["gate/0", "gate/1", "loss"]
+    assert cli(["plot", "curves", str(log), "--out", str(out)]) == 0 and out.exists()
+    assert cli(["plot", "curves", str(log), "--columns", "acc"]) == 2
+    assert "no column like acc; it has gate/0, gate/1, loss" in capsys.readouterr().err
+    log.write_text("a,b\n1,2\n")
+    assert cli(["plot", "curves", str(log)]) == 2
+
+
 def test_files_that_are_no_results(tmp_path, capsys):
     for content, said in (("{", "cannot be read"), ("[]", "no result of img2vid eval"), ("{}", "no result of")):
         (tmp_path / "x.json").write_text(content)
@@ -112,6 +124,29 @@ def test_files_that_are_no_results(tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps(later))
     assert cli(["plot", str(tmp_path / "x.json")]) == 2
     assert "is in format 99" in capsys.readouterr().err
+
+
+def test_numbers_stand_in_rows_and_read_back_alike(tmp_path):
+    result = {
+        "task": "x",
+        "protocol": {},
+        "a": [[1, -2], [3, 4.5e-7]],
+        "b": ["1,\n 2", "[ 3 ]"],
+        "c": [],
+        "d": [None, 1],
+    }
+    text = write_result(result, tmp_path / "x.json").read_text()
+    assert "[1, -2]" in text and "[3, 4.5e-07]" in text and json.loads(text) == result
+
+
+def test_without_matplotlib_the_extra_is_named(results, monkeypatch, capsys):
+    import img2vid
+
+    monkeypatch.delitem(sys.modules, "img2vid.plots")
+    monkeypatch.delattr(img2vid, "plots")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli(["plot", str(results["zero"])]) == 2
+    assert "pip install 'img2vid[plot]'" in capsys.readouterr().err
 
 
 def test_out_must_be_a_page_or_a_picture(results, tmp_path, capsys):

@@ -13,7 +13,7 @@ from img2vid.data.lists import read_list
 from img2vid.data.manifest import Row, VideoList, write_manifest
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.reading import Views
-from img2vid.evaluation.retrieval import dual_softmax, ranks, recall, retrieval, with_captions
+from img2vid.evaluation.retrieval import draw, dual_softmax, ranks, recall, retrieval, with_captions
 from tests.conftest import small_vit
 from tests.evaluation.conftest import CPU
 
@@ -120,10 +120,28 @@ def test_msrvtt_and_command(nano_folder, motion, tmp_path, capsys):
         lines.append(f"ret{i},msr{i},video{i},{row.captions[0]}")
     (tmp_path / "MSRVTT_JSFUSION_test.csv").write_text("\n".join(lines) + "\n")
     given = ["--model", str(nano_folder), "--data", str(tmp_path / "MSRVTT_JSFUSION_test.csv"), "--no-cache"]
+    given += ["--picture", str(tmp_path / "grid.png")]
     assert cli(["eval", "retrieval", *given, "--num-workers", "0", "--out", str(tmp_path / "r.json")]) == 0
     assert "text to video (dual softmax)" in capsys.readouterr().out
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["data"]["used"] == 10 and result["data"]["captions"] == 10
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("grid.png", "grid-similarity.png"))
+
+
+def test_the_grid_shows_the_best_first(motion, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("img2vid.plots.retrieval_figure", lambda queries: seen.update(queries=queries))
+    monkeypatch.setattr("img2vid.plots.save", lambda figure, path: path)
+    rows = read_list(motion / "test.csv").rows[:7]
+    scores, owner = torch.tensor([[0.1, 0.9, 0.5, 0.3, 0.2, 0.4, 0.6]]).double(), torch.tensor([2])
+    draw(scores, owner, ["a caption"], rows, tmp_path / "x.png")
+    ((text, pictures, right),) = seen["queries"]
+    assert (text, len(pictures), right) == ("a caption", 5, 2)  # places: 1, 6, 2, 5, 3
+    for picture, row in zip(pictures, (1, 6, 2, 5, 3), strict=True):
+        middle_frame = img2vid.read_clip(rows[row].path, [4])[0].permute(1, 2, 0)
+        assert (picture == middle_frame.numpy()).all()
+    draw(scores, torch.tensor([0]), ["a caption"], rows, tmp_path / "x.png")
+    assert seen["queries"][0][2] == -1  # the right one is not among the five
 
 
 def test_what_cannot_be_meant(nano, captioned):
