@@ -178,7 +178,10 @@ class VideoTraining(pl.LightningModule):
             self.shard(blocks)
 
     def shard(self, blocks: Sequence[nn.Module]) -> None:
-        """FSDP2: each block by itself, the rest as one."""
+        """FSDP2: each block by itself, the rest as one.
+
+        It cannot shard scalars, so a text model's temperature stands still.
+        """
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
         if isinstance(self.model, FSDPModule):
@@ -186,7 +189,8 @@ class VideoTraining(pl.LightningModule):
         mesh = self.device_mesh["data_parallel"]
         for block in blocks:
             fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
+        scalars = {p.requires_grad_(False) for p in self.model.parameters() if p.ndim == 0}
+        fully_shard(self.model, mesh=mesh, ignored_params=scalars)
         for method in ("encode_video", "encode_text", "clip_features"):
             if hasattr(self.model, method):
                 register_fsdp_forward_method(self.model, method)

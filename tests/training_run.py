@@ -54,7 +54,7 @@ def run(
     objectives = {"pairs": Contrastive()}
     if masked:  # draws random masks, so a resumed run must draw the same ones
         objectives["image"] = Distillation(0.5, tokens=0.5, mask_ratio=0.5)
-    how_tuned = Tuning(lr=1e-4, warmup=2)
+    how_tuned = Tuning(lr=1e-4, warmup=2, freeze="logit_scale")  # FSDP2 cannot train a scalar
     module = VideoTraining(VideoConfig("nano_clip", num_frames=2), WeightedSum(objectives), how_tuned)
     videos = VideoData(
         f"{data}/train.csv",
