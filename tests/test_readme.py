@@ -33,6 +33,7 @@ def test_python(tmp_path, monkeypatch):
 
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
     lines = [line for block in snippets("bash") for line in block.splitlines() if "venv" not in line]
     assert len(lines) >= 5
     for line in lines:
