@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ class TrainingCLI(LightningCLI):
 
 
 def main(argv: Sequence[str]) -> int:
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # ours are the command line's
     overwrite = {"overwrite": True}  # the configuration of the last run in this folder, as its logs and checkpoints
     try:
         TrainingCLI(
