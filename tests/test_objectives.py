@@ -11,6 +11,7 @@ from img2vid.objectives import (
     Contrastive,
     Distillation,
     InterpolatedWeights,
+    KeepAnswers,
     ObjectiveError,
     Step,
     Surroundings,
@@ -201,6 +202,46 @@ def test_the_tower_runs_once_for_several_objectives():
     alone.setup(around(model))
     assert torch.allclose(losses["contrastive_loss"], 0.5 * alone(Step(model, batch()))["contrastive_loss"])
     assert objective.predict(Step(model, batch())).shape == (4, 3)
+
+
+def test_answers_are_kept_at_the_beginning_and_only_there():
+    model, objective = text_model().eval(), KeepAnswers(NAMES, ["a {}", "one {}"], weight=2.0)
+    objective.setup(around(model))
+    assert objective(Step(model, batch()))["answers_loss"].item() == pytest.approx(0.0, abs=1e-6)
+    randomize(model.visual, seed=8)
+    loss = objective(Step(model, batch()))["answers_loss"]
+    # from the definition: sum of p (log p - log q) over classes, averaged over clips
+    image = frozen_image(model).eval()
+    with torch.no_grad():
+        tokens = model.tokenize([p.format(name) for name in NAMES for p in ("a {}", "one {}")])
+        text = image.encode_text(tokens, normalize=True).view(len(NAMES), 2, -1).mean(dim=1)
+        text = text / text.norm(dim=-1, keepdim=True)
+        clips = batch()["clip"]
+        p, q = (
+            (image.logit_scale.exp() * m.encode_video(clips, normalize=True) @ text.T).softmax(dim=-1)
+            for m in (image, model)
+        )
+    assert loss.item() == pytest.approx(2.0 * float((p * (p / q).log()).sum(dim=-1).mean()), rel=1e-4)
+    assert loss > 1e-4
+    found = gradients(model, {"answers_loss": loss})
+    assert any(name.startswith("visual.") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"classes": ["one"]}, "two names or more"),
+        ({"classes": NAMES, "prompts": ["no place"]}, "where the class name goes"),
+    ],
+)
+def test_questions_without_answers(given, message):
+    with pytest.raises(ObjectiveError, match=message):
+        KeepAnswers(**given)
+
+
+def test_answers_need_a_text_tower():
+    with pytest.raises(ObjectiveError, match="KeepAnswers needs a text tower"):
+        KeepAnswers(NAMES).setup(around(class_model()))
 
 
 def test_equal_names_in_a_sum_stay_apart():

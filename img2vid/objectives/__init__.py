@@ -8,6 +8,7 @@ A batch is a dict as ``img2vid.data.module`` makes it: clip (B, T, C, H, W) norm
 soft_label (B, classes) where clips were mixed.
 """
 
+from img2vid.objectives.answers import KeepAnswers
 from img2vid.objectives.base import Objective, ObjectiveError, Step, Surroundings, WeightedSum
 from img2vid.objectives.classification import Classification
 from img2vid.objectives.contrastive import Contrastive
@@ -19,6 +20,7 @@ __all__ = [
     "Contrastive",
     "Distillation",
     "InterpolatedWeights",
+    "KeepAnswers",
     "Objective",
     "ObjectiveError",
     "Step",
