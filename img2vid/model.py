@@ -33,7 +33,7 @@ from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import resample_time_embed
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.gates import zero_linear
-from img2vid.temporal.infront import put_in_front, take_from_front
+from img2vid.temporal.infront import own_class, put_in_front, take_from_front
 from img2vid.weights import LoadReport
 
 # keys that a video model has beyond its image model, all below the image tower
@@ -229,6 +229,11 @@ class VideoModel(Overlay, Saving):
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freeze the image tower as open_clip does, all but its last groups; what is about time stays trainable."""
+        if not hasattr(self.base, "lock"):
+            raise BackboneError(
+                f"{own_class(self.base).__name__} has no lock, which is open_clip's. To freeze all but what is about time: "
+                "img2vid.tuning.freeze(model, 'temporal_only')."
+            )
         about_time = {p: p.requires_grad for name, p in self.named_parameters() if self.origin(name) != "pretrained"}
         self.base.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
         for parameter, flag in about_time.items():

@@ -15,6 +15,7 @@ from img2vid.backbones.any_size import set_cait_size
 from img2vid.backbones.tower import structural_copy
 from img2vid.clips import ClipError
 from img2vid.config import ConfigError, VideoConfig
+from img2vid.errors import BackboneError
 from img2vid.model import VideoModel, VideoTextModel
 from tests.conftest import randomize, small_clip, small_vit
 
@@ -336,6 +337,11 @@ def test_locking_the_image_tower_keeps_time_trainable(make_model, unlocked_group
         assert trainable - about_time == {n for n, p in reference.visual.named_parameters() if p.requires_grad}
     elif unlocked_groups == 0:
         assert not any(name.startswith("trunk.") for name in trainable - about_time)
+
+
+def test_locking_without_a_library_that_locks_says_what_freezes():
+    with pytest.raises(BackboneError, match=r"VisionTransformer has no lock.*tuning.freeze\(model, 'temporal_only'\)"):
+        VideoModel(small_vit(), VideoConfig()).lock()
 
 
 def test_attributes_set_on_the_video_model_reach_the_image_model(clips):
