@@ -231,8 +231,8 @@ class VideoModel(Overlay, Saving):
         """Freeze the image tower as open_clip does, all but its last groups; what is about time stays trainable."""
         if not hasattr(self.base, "lock"):
             raise BackboneError(
-                f"{own_class(self.base).__name__} has no lock, which is open_clip's. To freeze all but what is about time: "
-                "img2vid.tuning.freeze(model, 'temporal_only')."
+                f"{own_class(self.base).__name__} has no lock, which is open_clip's. To freeze all but what is about "
+                "time: img2vid.tuning.freeze(model, 'temporal_only')."
             )
         about_time = {p: p.requires_grad for name, p in self.named_parameters() if self.origin(name) != "pretrained"}
         self.base.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
