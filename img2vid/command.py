@@ -97,9 +97,12 @@ class Progress(logging.Handler):
         from rich.text import Text
 
         logger = logging.getLogger("img2vid")
-        level = logger.level
+        before = logger.level, logger.propagate
         logger.addHandler(self)
         logger.setLevel(logging.INFO)
+        logger.propagate = (
+            False  # libraries give the root logger a handler by merely logging: each line would come twice
+        )
         try:
             if self.console.is_terminal:
                 with self.console.status(Text(text)):
@@ -108,5 +111,6 @@ class Progress(logging.Handler):
                 self.say(text)
                 yield
         finally:
-            logger.setLevel(level)
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
             logger.removeHandler(self)

@@ -312,6 +312,7 @@ def test_what_is_missing_without_a_network_is_named_with_the_ways_that_apply():
 
 
 def test_what_is_loaded_is_said_with_its_size(capsys, caplog):
+    """Once: with a root logger that prints too, as after a library has logged, no line comes twice (caplog is one)."""
     weights = randomize(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)).state_dict()
     save_file(weights, "w.safetensors")
     arguments = ["--backbone", "vit_tiny", "--backbone-args", '{"depth": 2}', "--weights", "w.safetensors"]
@@ -319,7 +320,8 @@ def test_what_is_loaded_is_said_with_its_size(capsys, caplog):
     printed = capsys.readouterr().out
     for text in ("(1.1 M parameters) from w.safetensors, 4 MB.", "Inserting time", "Certifying: ", "Writing ok"):
         assert text in printed
-    assert logging.getLogger("img2vid").handlers == []
+    assert caplog.messages == []
+    assert logging.getLogger("img2vid").handlers == [] and logging.getLogger("img2vid").propagate
 
 
 def environment(**changes: str) -> dict[str, str]:
