@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from img2vid.data.module import VideoData
 from img2vid.errors import Img2VidError
@@ -47,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
             trainer_defaults={"enable_model_summary": False},  # ParameterSummary says more
             load_from_checkpoint_support=False,
         )
+    except SIGTERMException:  # Lightning's would leave with 0, as if training were over
+        return 128 + signal.SIGTERM
     except (Img2VidError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

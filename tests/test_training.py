@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -262,13 +261,12 @@ def test_sigterm_leaves_a_checkpoint(motion_set, tmp_path):
     given = dict(data=motion_set, workers=1, epochs=1)
     assert start(given | dict(out=tmp_path / "whole")).returncode == 0
     stopped = start(given | dict(out=tmp_path / "first", stop_before=2, how="SIGTERM"))
-    assert stopped.returncode != 0
+    assert 0 < len(losses(tmp_path / "first")) < len(losses(tmp_path / "whole"))
     checkpoint = tmp_path / "first" / "on_exception.ckpt"
     assert checkpoint.exists(), stopped.stderr
     assert start(given | dict(out=tmp_path / "rest", ckpt_path=checkpoint)).returncode == 0
     done = len(losses(tmp_path / "first"))
     assert losses(tmp_path / "rest") == losses(tmp_path / "whole")[done:]
-    assert signal.SIGTERM
 
 
 @pytest.mark.multiprocess

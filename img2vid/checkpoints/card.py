@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from img2vid._version import __version__
 from img2vid.guarantees import Guarantee
@@ -12,8 +15,17 @@ if TYPE_CHECKING:
     from img2vid.model import VideoModel, VideoTextModel
 
 
-def model_card(model: VideoModel | VideoTextModel, certificate: Certificate | None) -> str:
-    """Markdown with the hub's front matter: what it was made from, how, what was proven, and how to run it."""
+def model_card(
+    model: VideoModel | VideoTextModel, certificate: Certificate | None, state: Mapping[str, Tensor] | None = None
+) -> str:
+    """Markdown with the hub's front matter: what it was made from, how, what was proven, and how to run it.
+
+    Args:
+        state: the weights, where the model holds only its share of them; None for the model's own.
+    """
+    zeros = model.zero_parameters()
+    values = zeros if state is None else state
+    moved = [bool(values[name].detach().any()) for name in zeros]
     config, has_text = model.config, hasattr(model, "encode_video")
     video = model.visual if has_text else model
     source = config.backbone or f"a {type(video.base).__name__} passed in by hand"
@@ -47,9 +59,9 @@ tags:
 
 # {source} as a video model
 
-A {type(model).__name__} made from **{source}** by img2vid {__version__}. {origin_of_weights(video)}
+A {"VideoTextModel" if has_text else "VideoModel"} made from **{source}** by img2vid {__version__}. {origin_of_weights(video)}
 
-{step_zero(video)}
+{step_zero(video, moved)}
 
 | setting | value |
 |---|---|
@@ -77,8 +89,12 @@ def origin_of_weights(video: VideoModel) -> str:
     return f"Its image weights came from {video.image_weights} and keep the image library's names."
 
 
-def step_zero(video: VideoModel) -> str:
-    """What the conversion kept of the image model's function, and whether this model still is there."""
+def step_zero(video: VideoModel, moved: list[bool]) -> str:
+    """What the conversion kept of the image model's function, and whether this model still is there.
+
+    Args:
+        moved: for each parameter that starts at zero, whether it has left it.
+    """
     config, promise = video.config, Guarantee.of(video.config, video.tower.num_prefix_tokens)
     text = f"Before training, its clip feature is the image model's on {promise.summary}."
     if not promise.strength:
@@ -89,10 +105,9 @@ def step_zero(video: VideoModel) -> str:
         text += f" {BRANCHES[config.gate]}, {ATTENTIONS[config.temporal_init]}."
     if config.num_classes is not None:
         text += " The classifier on top of it started at zero."
-    zeros = video.zero_parameters().values()
-    if any(bool(parameter.detach().any()) for parameter in zeros):
+    if any(moved):
         text += " Training has moved what started at zero: the function now is another one."
-    elif zeros and promise.strength:
+    elif moved and promise.strength:
         text += " What started at zero still is at zero."
     return text
 

@@ -68,7 +68,7 @@ def save(
             weights = separate(model.state_dict() if state is None else state)
             save_file(weights, temporary / WEIGHTS, metadata={HEADER: described})
             (temporary / CONFIG).write_text(described + "\n", encoding="utf-8")
-            (temporary / CARD).write_text(model_card(model, certificate), encoding="utf-8")
+            (temporary / CARD).write_text(model_card(model, certificate, state), encoding="utf-8")
             if certificate is not None:
                 (temporary / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
     except (OSError, SafetensorError) as error:
