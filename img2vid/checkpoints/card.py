@@ -28,6 +28,7 @@ def model_card(
     moved = [bool(values[name].detach().any()) for name in zeros]
     config, has_text = model.config, hasattr(model, "encode_video")
     video = model.visual if has_text else model
+    kind = "VideoTextModel" if has_text else "VideoModel"  # the type's own name, also where FSDP put another in front
     source = config.backbone or f"a {type(video.base).__name__} passed in by hand"
     settings = "\n".join(
         f"| {name} | {value} |"
@@ -59,7 +60,7 @@ tags:
 
 # {source} as a video model
 
-A {"VideoTextModel" if has_text else "VideoModel"} made from **{source}** by img2vid {__version__}. {origin_of_weights(video)}
+A {kind} made from **{source}** by img2vid {__version__}. {origin_of_weights(video)}
 
 {step_zero(video, moved)}
 
