@@ -204,21 +204,33 @@ def retrieval_figure(queries: Sequence[tuple[str, Sequence, int]]) -> Figure:
     return figure
 
 
-def attention_figure(frames, rows: dict, title: str = "") -> Figure:
-    """Frames (T, H, W, 3) and below them maps (T, h, w) by name, drawn over the frames, brighter where more is seen."""
-    figure = Figure(figsize=(1.6 * len(frames) + 1, 1.7 * (1 + len(rows))), layout="constrained")
-    axes = figure.subplots(1 + len(rows), len(frames), squeeze=False)
+def attention_figure(frames, rows: dict, frame_to_frame=None, title: str = "") -> Figure:
+    """Frames (T, H, W, 3), and below them maps (T, h, w) by name: bright where much is looked at, dark where little.
+
+    Each row has its own scale, from its smallest value to its largest. ``frame_to_frame`` (T, T) stands beside the row
+    ``temporal``.
+    """
+    columns = len(frames) + (frame_to_frame is not None)
+    figure = Figure(figsize=(1.6 * columns + 1, 1.7 * (1 + len(rows))), layout="constrained")
+    axes = figure.subplots(1 + len(rows), columns, squeeze=False)
     height, width = frames[0].shape[:2]
     for t, frame in enumerate(frames):
         axes[0, t].imshow(frame)
         axes[0, t].set_title(f"{t}", fontsize=8)
-        for axis, (_, maps) in zip(axes[1:, t], rows.items(), strict=True):
-            axis.imshow(frame, alpha=0.45)
-            shown = dict(extent=(-0.5, width - 0.5, height - 0.5, -0.5), cmap="inferno", alpha=0.7)
-            axis.imshow(maps[t], vmin=maps.min(), vmax=maps.max(), **shown)
+        for axis, maps in zip(axes[1:, t], rows.values(), strict=True):
+            axis.imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=255)
+            extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+            axis.imshow(maps[t], vmin=maps.min(), vmax=maps.max(), extent=extent, cmap="inferno", alpha=0.65)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[:, 0], ["frames", *rows], strict=True):
-        axis.set_ylabel(name, fontsize=8)
+    for axis, (name, maps) in zip(axes[1:, 0], rows.items(), strict=True):
+        axis.set_ylabel(f"{name}\n{maps.min():.2g} to {maps.max():.2g}", fontsize=8)
+    axes[0, 0].set_ylabel("frames", fontsize=8)
+    if frame_to_frame is not None:
+        for axis, name in zip(axes[:, -1], ["frames", *rows], strict=True):
+            axis.axis("on" if name == "temporal" else "off")
+            if name == "temporal":
+                axis.imshow(frame_to_frame, cmap="inferno")
+                axis.set_title("frame (down) to frame", fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
