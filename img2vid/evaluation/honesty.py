@@ -93,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
     common.add_views(parser)
     common.add_compute(parser)
     options = parser.parse_args(argv)
+    common.ready_to_write(options.out)
     if not options.no_picture:
         from img2vid.plots import honesty_figure, save  # says now, not after an hour, that matplotlib is not there
     with processes() as shared:

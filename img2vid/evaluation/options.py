@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from img2vid.data.lists import READERS
 from img2vid.data.sampling import SHORT_POLICIES
 from img2vid.evaluation import webdataset
+from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import PRECISIONS, Compute
 from img2vid.evaluation.processes import Processes
 from img2vid.evaluation.protocols import Lists, gather_lists
@@ -22,6 +24,15 @@ def add_model(parser: argparse.ArgumentParser, out: str) -> None:
         "--model", required=True, metavar="FOLDER", help="written by img2vid.convert or save_pretrained"
     )
     parser.add_argument("--out", default=out, help=f"result file, JSON (default: {out})")
+
+
+def ready_to_write(out: str | Path) -> None:
+    """Find out before the work, not after it, that a result cannot be written there."""
+    out = Path(out)
+    if out.is_dir():
+        raise EvaluationError(f"--out {out} is a folder; expected the name of a file.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()
 
 
 def add_data(parser: argparse.ArgumentParser, several: bool = True) -> None:
@@ -80,7 +91,7 @@ def lists_of(options: argparse.Namespace, data: Sequence[str], protocol: str = "
 
 def views_of(options: argparse.Namespace, model) -> Views:
     return Views(
-        options.num_frames or model.config.num_frames,
+        model.config.num_frames if options.num_frames is None else options.num_frames,
         options.frame_interval,
         options.target_fps,
         options.num_clips,

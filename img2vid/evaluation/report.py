@@ -16,8 +16,8 @@ from pathlib import Path
 
 from img2vid.data.manifest import numbered_records
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evaluation.features import short_hash, write_whole
 from img2vid.evaluation.results import read_result
+from img2vid.evaluation.store import short_hash, write_whole
 from img2vid.evaluation.tables import Sheet, counted, headline, percent, protocol_line, sheet_of
 
 STYLE = """

@@ -187,7 +187,9 @@ def main(argv: Sequence[str]) -> int:
     common.add_views(parser)
     common.add_compute(parser)
     options = parser.parse_args(argv)
+    common.ready_to_write(options.out)
     if options.picture is not None:
+        common.ready_to_write(options.picture)
         import img2vid.plots  # noqa: F401 (says now that matplotlib is missing, not after an hour)
     with processes() as shared:
         videos = common.lists_of(options, options.data, classes=None).videos
