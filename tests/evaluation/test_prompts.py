@@ -10,6 +10,7 @@ from img2vid.evaluation.prompts import (
     TEMPLATE_SETS,
     class_embeddings,
     class_list,
+    embed_texts,
     prompts,
     read_templates,
     readable,
