@@ -55,9 +55,17 @@ def honesty(
     conditions = [name for name in PANEL if name != "frame_mean" or has_gates(model)]
     head = question.head(model.to(compute.device)) if shared.is_first else None
     features = extract(
-        model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
-        processes=shared, on_progress=on_progress,
-    )  # fmt: skip
+        model,
+        videos,
+        views,
+        conditions,
+        cache=cache,
+        level=question.level,
+        compute=compute,
+        strict=strict,
+        processes=shared,
+        on_progress=on_progress,
+    )
     if not shared.is_first:
         return None
     everything = Round("all", tuple(labelled_rows(features, videos)))
@@ -102,10 +110,13 @@ def main(argv: Sequence[str]) -> int:
         model = load(options.model)
         with common.progress_bar("videos", -(-len(lists.videos) // shared.world_size), shared.is_first) as advance:
             result = honesty(
-                model, lists, common.views_of(options, model), templates=common.templates_of(options),
-                fusion=options.fusion, seed=options.seed, source=options.model, cache=common.cache_of(options),
-                compute=common.compute_of(options, shared), strict=options.strict, shared=shared, on_progress=advance,
-            )  # fmt: skip
+                model,
+                lists,
+                common.views_of(options, model),
+                templates=common.templates_of(options),
+                fusion=options.fusion,
+                **common.running(options, shared, advance),
+            )
     if result is not None:
         written = write_result(result, options.out)
         if not options.no_picture:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from img2vid.data.lists import READERS
 from img2vid.data.sampling import SHORT_POLICIES
@@ -107,8 +108,17 @@ def compute_of(options: argparse.Namespace, processes: Processes) -> Compute:
     return Compute(options.batch_size, options.num_workers, device, options.precision)
 
 
-def cache_of(options: argparse.Namespace) -> Path | None:
-    return None if options.no_cache else Path(options.cache)
+def running(options: argparse.Namespace, shared: Processes, on_progress: Callable[[int], None]) -> dict[str, Any]:
+    """The arguments that all evaluations take, beside the model, the videos and their views."""
+    return {
+        "seed": options.seed,
+        "source": options.model,
+        "cache": None if options.no_cache else Path(options.cache),
+        "compute": compute_of(options, shared),
+        "strict": options.strict,
+        "shared": shared,
+        "on_progress": on_progress,
+    }
 
 
 @contextmanager

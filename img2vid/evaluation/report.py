@@ -201,9 +201,13 @@ def main(argv: Sequence[str]) -> int:
         from img2vid.evaluation.attention import main as attention_main
 
         return attention_main(argv[1:])
-    parser = argparse.ArgumentParser("img2vid plot", description=__doc__.split("\n\n")[0], epilog=(
-        "img2vid plot attention --help: what a model looks at in a video; img2vid plot curves --help: training logs"
-    ))  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "img2vid plot",
+        description=__doc__.split("\n\n")[0],
+        epilog=(
+            "img2vid plot attention --help: what a model looks at in a video; img2vid plot curves --help: training logs"
+        ),
+    )
     parser.add_argument("results", nargs="+", metavar="RESULT.json", help="written by img2vid eval")
     parser.add_argument("--out", help="a page (.html) or a picture (.png); default: runs/report.html")
     options = parser.parse_args(argv)

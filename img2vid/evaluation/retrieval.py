@@ -115,9 +115,16 @@ def retrieval(
     texts = list(dict.fromkeys(template.replace("{}", caption) for row in videos.rows for caption in row.captions))
     embedded = embed_texts(model.to(compute.device), texts).double() if shared.is_first else None
     features = extract(
-        model, videos, views, conditions, cache=cache, compute=compute, strict=strict, processes=shared,
+        model,
+        videos,
+        views,
+        conditions,
+        cache=cache,
+        compute=compute,
+        strict=strict,
+        processes=shared,
         on_progress=on_progress,
-    )  # fmt: skip
+    )
     if not shared.is_first:
         return None
     captions = [(i, caption) for i, row in enumerate(features.rows) for caption in videos.rows[row].captions]
@@ -197,12 +204,15 @@ def main(argv: Sequence[str]) -> int:
         model = load(options.model)
         with common.progress_bar("videos", -(-len(videos) // shared.world_size), shared.is_first) as advance:
             result = retrieval(
-                model, videos, common.views_of(options, model), template=options.template,
-                baseline=not options.no_baseline, keep_predictions=options.predictions,
-                picture=options.picture, seed=options.seed,
-                source=options.model, cache=common.cache_of(options), compute=common.compute_of(options, shared),
-                strict=options.strict, shared=shared, on_progress=advance,
-            )  # fmt: skip
+                model,
+                videos,
+                common.views_of(options, model),
+                template=options.template,
+                baseline=not options.no_baseline,
+                keep_predictions=options.predictions,
+                picture=options.picture,
+                **common.running(options, shared, advance),
+            )
     if result is not None:
         write_result(result, options.out)
         written = options.out if options.picture is None else f"{options.out}, {options.picture} and its similarities"

@@ -71,9 +71,17 @@ def zero_shot(
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
     head = question.head(model.to(compute.device)) if shared.is_first else None
     features = extract(
-        model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
-        processes=shared, on_progress=on_progress,
-    )  # fmt: skip
+        model,
+        videos,
+        views,
+        conditions,
+        cache=cache,
+        level=question.level,
+        compute=compute,
+        strict=strict,
+        processes=shared,
+        on_progress=on_progress,
+    )
     if not shared.is_first:
         return None
     labelled = labelled_rows(features, videos)
@@ -263,13 +271,19 @@ def main(argv: Sequence[str]) -> int:
         model = load(options.model)
         with common.progress_bar("videos", -(-len(lists.videos) // shared.world_size), shared.is_first) as advance:
             result = zero_shot(
-                model, lists, common.views_of(options, model), templates=common.templates_of(options),
-                protocol=options.protocol, fusion=options.fusion, baseline=not options.no_baseline,
-                keep_predictions=options.predictions, seed=options.seed, source=options.model,
-                cache=common.cache_of(options), compute=common.compute_of(options, shared), strict=options.strict,
-                shared=shared, on_progress=advance, num_rounds=options.num_rounds, class_splits=options.class_splits,
+                model,
+                lists,
+                common.views_of(options, model),
+                templates=common.templates_of(options),
+                protocol=options.protocol,
+                fusion=options.fusion,
+                baseline=not options.no_baseline,
+                keep_predictions=options.predictions,
+                num_rounds=options.num_rounds,
+                class_splits=options.class_splits,
                 base_classes=options.base_classes,
-            )  # fmt: skip
+                **common.running(options, shared, advance),
+            )
     if result is not None:
         write_result(result, options.out)
         show(result, options.out)
