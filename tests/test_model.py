@@ -373,7 +373,8 @@ def test_the_same_module_is_not_converted_twice():
         VideoModel(image_model, VideoConfig())
 
 
-EXPORTED = [{}, {"prefix_mode": "shared"}, {"prefix_mode": "global"}, {"attention": "joint_space_time", "prefix_mode": "shared"}]
+JOINT = {"attention": "joint_space_time", "prefix_mode": "shared"}
+EXPORTED = [{}, {"prefix_mode": "shared"}, {"prefix_mode": "global"}, JOINT]
 
 
 @pytest.mark.parametrize("settings", EXPORTED, ids=str)
