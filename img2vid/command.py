@@ -141,9 +141,9 @@ class Progress(logging.Handler):
         )
         try:
             if self.console.is_terminal:
-                with self.console.status(Text(text)) as status:
-                    with watching(lambda done, total: status.update(with_bar(text, done, total))):
-                        yield
+                status = self.console.status(Text(text))
+                with status, watching(lambda done, total: status.update(with_bar(text, done, total))):
+                    yield
             else:  # a log file should show where the time goes, and where it ended
                 self.say(text)
                 with watching(self.say_sometimes()):

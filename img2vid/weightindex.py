@@ -1,7 +1,7 @@
 """Checkpoints in several files: an index says which tensor is in which of them; they are read as one.
 
-    model.safetensors.index.json     {"metadata": ..., "weight_map": {"blocks.0.norm1.weight": "model-00001-of-00002..."}}
-    pytorch_model.bin.index.json     the same over pickled files
+    model.safetensors.index.json    {"metadata": ..., "weight_map": {"norm.weight": "model-00002-of-00002.safetensors"}}
+    pytorch_model.bin.index.json    the same over pickled files
 
 The layout is Hugging Face's (huggingface_hub, transformers). Every tensor the index names must be where it says, and
 nothing else may be there: a file of another save beside the right ones would fit by its name alone.

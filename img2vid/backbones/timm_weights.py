@@ -38,7 +38,34 @@ def load_file(model: nn.Module, path: str | Path) -> LoadReport:
     report.resampled, report.notes = resampled, file.notes
     if left_out:
         report.notes.append(f"Merged into others or left out by timm's reader: {in_a_row(left_out)}.")
+    rows, columns = grid_of(model) or (0, 0)
+    if rows != columns and "pos_embed" in report.loaded and not resampled:
+        report.notes.append(
+            f"pos_embed was taken for a grid of {rows} rows x {columns} columns, which a file does not say: one of "
+            f"{columns} x {rows} would have fitted too."
+        )
     return report
+
+
+def grid_of(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of patches that a learned position table of the model stands for."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return tuple(grid) if grid is not None and isinstance(getattr(model, "pos_embed", None), Tensor) else None
+
+
+def grid_hint(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What to do where timm, which takes every table of another size for a square one, met one that is none."""
+    given, grid = state.get("pos_embed"), grid_of(model)
+    if given is None or grid is None or given.ndim != 3:
+        return ""
+    entries = given.shape[1] - (model.pos_embed.shape[1] - math.prod(grid))
+    if math.isqrt(max(entries, 0)) ** 2 == entries:
+        return ""
+    return (
+        f" Its pos_embed is a table of {entries} patches, no square, and the model's grid is {grid[0]} x {grid[1]}. Say "
+        "at which size (height, width) it was trained, backbone_args={'img_size': (256, 128)} or --backbone-args "
+        "'{\"img_size\": [256, 128]}'; image_size stays the size you want."
+    )
 
 
 def to_timm_layout(
@@ -54,6 +81,7 @@ def to_timm_layout(
     except (KeyError, RuntimeError, ValueError, AttributeError, IndexError, AssertionError) as error:
         raise WeightsError(
             f"{source} is in no layout that timm knows for {type(model).__name__} ({short(error)})."
+            + grid_hint(model, state)
         ) from error
     names = {id(tensor): name for name, tensor in converted.items()}
     changed = [(event, names[id(event.after)]) for event in seen if id(event.after) in names]
