@@ -33,8 +33,13 @@ def load_file(model: nn.Module, path: str | Path) -> LoadReport:
         WeightsError: it cannot be read, is of another architecture or patch size, or its keys do not fit.
     """
     file = read_weights(path)
-    state, resampled, left_out = to_timm_layout(model, file.state, str(path))
-    report = load_weights(model, state, allow_dropped=CLASSIFIER_KEYS, source=str(path))
+    try:
+        state, resampled, left_out = to_timm_layout(model, file.state, str(path))
+        report = load_weights(model, state, allow_dropped=CLASSIFIER_KEYS, source=str(path))
+    except WeightsError as error:
+        if not (hint := grid_hint(model, file.state)):
+            raise
+        raise WeightsError(f"{error} {hint}") from error
     report.resampled, report.notes = resampled, file.notes
     if left_out:
         report.notes.append(f"Merged into others or left out by timm's reader: {in_a_row(left_out)}.")
@@ -54,7 +59,7 @@ def grid_of(model: nn.Module) -> tuple[int, int] | None:
 
 
 def grid_hint(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """What to do where timm, which takes every table of another size for a square one, met one that is none."""
+    """What to do where a table is no square, for which timm takes every one of another size."""
     given, grid = state.get("pos_embed"), grid_of(model)
     if given is None or grid is None or given.ndim != 3:
         return ""
@@ -62,7 +67,7 @@ def grid_hint(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     if math.isqrt(max(entries, 0)) ** 2 == entries:
         return ""
     return (
-        f" Its pos_embed is a table of {entries} patches, no square, and the model's grid is {grid[0]} x {grid[1]}. Say "
+        f"Its pos_embed is a table of {entries} patches, no square, and the model's grid {grid[0]} x {grid[1]}. Say "
         "at which size (height, width) it was trained, backbone_args={'img_size': (256, 128)} or --backbone-args "
         "'{\"img_size\": [256, 128]}'; image_size stays the size you want."
     )
@@ -81,7 +86,6 @@ def to_timm_layout(
     except (KeyError, RuntimeError, ValueError, AttributeError, IndexError, AssertionError) as error:
         raise WeightsError(
             f"{source} is in no layout that timm knows for {type(model).__name__} ({short(error)})."
-            + grid_hint(model, state)
         ) from error
     names = {id(tensor): name for name, tensor in converted.items()}
     changed = [(event, names[id(event.after)]) for event in seen if id(event.after) in names]
