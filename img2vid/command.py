@@ -108,11 +108,14 @@ class Progress(logging.Handler):
         self.console = Console()
         self.started = time.perf_counter()
 
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
     def say(self, text: str) -> None:
         from rich.text import Text  # not markup: brackets in a path are brackets
 
-        seconds = (f"{time.perf_counter() - self.started:6.1f} s  ", "dim")
-        self.console.print(Text.assemble(seconds, text), soft_wrap=True)
+        self.console.print(Text.assemble((f"{self.seconds:6.1f} s  ", "dim"), text), soft_wrap=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.say(record.getMessage())

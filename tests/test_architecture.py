@@ -31,6 +31,7 @@ TIERS = [
     {"callbacks", "estimate"},
     {"training"},
     {"fit"},
+    {"demo"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -63,7 +63,7 @@ def honesty(
     scored = question.scored(model, features)
     result = question.describe("honesty", model, source, features, compute, conditions)
     result["protocol"] |= {"name": "honesty", "seed": seed}
-    result["metrics"] = {}
+    result["metrics"], result["confusion"] = {}, {}  # confusion: what each class is taken for under each condition
     as_is = scored["model"].predicted(everything)
     labels, right = scored["model"].labels(everything), scored["model"].right(everything)
     for name, s in scored.items():
@@ -73,6 +73,7 @@ def honesty(
             "lost": metrics.difference(right, s.right(everything), labels, seed),
             "changed": metrics.share(changed, seed),
         }
+        result["confusion"][name] = metrics.confusion(s.predicted(everything), labels, len(question.names))
     result["layers"] = measure_layers(model, videos, views, features.rows[:LAYER_CLIPS], compute)
     return result
 
