@@ -169,11 +169,14 @@ def interrupts_later() -> Iterator[None]:
 
 def write_quarantine(findings: Iterable[Finding], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "kind", "problem", "where"])
-        writer.writerows([f.row.path, f.kind, f.problem, f.row.where] for f in findings)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["path", "kind", "problem", "where"])
+            writer.writerows([f.row.path, f.kind, f.problem, f.row.where] for f in findings)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def named_rows(videos: VideoList, rows: Iterable[Row]) -> list[Row]:

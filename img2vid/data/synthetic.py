@@ -204,6 +204,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     print(f"wrote {settings.train} + {settings.val} + {settings.test} videos and their manifests to {folder}")
     return 0
 
