@@ -130,7 +130,14 @@ def train_main(argv: Sequence[str]) -> int:
     return main([*subcommand, *argv])
 
 
+def demo_main(argv: Sequence[str]) -> int:
+    from img2vid.demo.story import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "demo": (demo_main, "see the whole idea: convert, prove, train on moving digits, evaluate, a page of pictures"),
     "convert": (convert_main, "turn an image transformer into a video transformer, with proof"),
     "inspect": (inspect_main, "show what is inside a backbone or a saved model, and what is guaranteed"),
     "certify": (certify_main, "compare a saved model with its image model again"),

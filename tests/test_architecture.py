@@ -31,7 +31,7 @@ TIERS = [
     {"fit"},
     {"demo"},
     {"cli", "__init__"},
-    {"__main__"},
+    {"__main__", "demo.__main__"},
 ]
 LEAVES = {"data", "objectives", "reporting", "plots"}
 
