@@ -136,6 +136,12 @@ def demo_main(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def doctor_main(argv: Sequence[str]) -> int:
+    from img2vid.doctor import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "demo": (demo_main, "see the whole idea: convert, prove, train on moving digits, evaluate, a page of pictures"),
     "convert": (convert_main, "turn an image transformer into a video transformer, with proof"),
@@ -146,6 +152,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "estimate": (estimate_main, "what training will cost: parameters, FLOPs, memory, GPU-hours"),
     "data": (data_main, "check and prepare lists of videos, write synthetic ones"),
     "eval": (eval_main, "measure a model on videos, and what time added to it"),
+    "doctor": (doctor_main, "what is installed, whether it works here, and what installs the rest"),
     "plot": (plot_main, "draw and compare results, and what a model looks at"),
 }
 

@@ -29,7 +29,7 @@ TIERS = [
     {"callbacks", "estimate"},
     {"training"},
     {"fit"},
-    {"demo"},
+    {"demo", "doctor"},
     {"cli", "__init__"},
     {"__main__", "demo.__main__"},
 ]
