@@ -23,7 +23,7 @@ from img2vid.evaluation.protocols import Lists, Round
 from img2vid.evaluation.reading import Videos, Views, input_spec
 from img2vid.evaluation.results import write_result
 from img2vid.evaluation.scores import FUSIONS
-from img2vid.evaluation.tables import counted, honesty_table, protocol_line, show
+from img2vid.evaluation.tables import show
 from img2vid.evaluation.zero_shot import Question, labelled_rows
 
 PANEL = ("model", "shuffled", "reversed", "static", "half", "frame_mean")
@@ -110,5 +110,5 @@ def main(argv: Sequence[str]) -> int:
         if not options.no_picture:
             picture = save(honesty_figure(result), written.with_suffix(".png"))
             written = f"{written} and {picture}"
-        show(honesty_table(result), counted(result["data"]), protocol_line(result["protocol"]), written)
+        show(result, written)
     return 0
