@@ -15,7 +15,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from img2vid.backbones import describe
 from img2vid.backbones.any_size import take_any_size
@@ -131,10 +133,10 @@ class VideoModel(Overlay, Saving):
         """Clips (B, T, C, H, W) -> one feature per frame, or per tubelet (B, T, D), already informed by all frames."""
         self.check(clips)
         steps = self.tubelets(clips)  # (B, T, C, H, W); T counts tubelets from here on
-        num_clips, num_steps = steps.shape[:2]
+        num_steps = steps.shape[1]
         with self.clip.of(num_steps):
-            features = self.base(steps.flatten(0, 1))  # (B*T, D)
-        features = over(lambda x: x.unflatten(0, (num_clips, num_steps)), features)
+            features = self.base(rearrange(steps, "b t c h w -> (b t) c h w"))  # (B*T, D)
+        features = over(lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_steps), features)
         if self.config.attention == "factorised_encoder":
             features = self.encode_time(features)
         return features
@@ -149,18 +151,16 @@ class VideoModel(Overlay, Saving):
 
     def tubelets(self, clips: Tensor) -> Tensor:
         """Group K frames: (B, T, C, H, W) -> (B, T/K, K*C, H, W)."""
-        size = self.config.tubelet_size
-        return clips if size == 1 else clips.unflatten(1, (-1, size)).flatten(2, 3)
+        return rearrange(clips, "b (t k) c h w -> b t (k c) h w", k=self.config.tubelet_size)
 
     def enter_time(self, block: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of the first block that sees time: add ``time_embed`` to its tokens (B*T, P + N, D)."""
         x, *rest = args
         num_steps = self.clip.num_frames
-        time = self.time_at(num_steps).squeeze(0).repeat(x.shape[0] // num_steps, 1)  # (B*T, D)
-        time = time.unsqueeze(1).expand_as(x)
+        time = repeat(self.time_at(num_steps), "1 t d -> (b t) 1 d", b=x.shape[0] // num_steps)
         num_shared = num_shared_tokens(self.tower, self.config)
         if num_shared:  # a token of the whole clip is at no time in particular
-            time = torch.cat([torch.zeros_like(time[:, :num_shared]), time[:, num_shared:]], dim=1)
+            time = F.pad(time.expand(-1, x.shape[1] - num_shared, -1), (0, 0, num_shared, 0))
         return (x + time.to(x.dtype), *rest)
 
     def time_at(self, num_steps: int) -> Tensor:

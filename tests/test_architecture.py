@@ -13,7 +13,9 @@ ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
     {"_version", "errors"},
-    {"config", "weightfiles", "overlay"},
+    {"config", "bytecount", "overlay"},
+    {"weightindex"},
+    {"weightfiles"},
     {"weights"},
     {"guarantees", "command", "options"},
     {"temporal"},

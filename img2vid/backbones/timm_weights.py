@@ -33,12 +33,44 @@ def load_file(model: nn.Module, path: str | Path) -> LoadReport:
         WeightsError: it cannot be read, is of another architecture or patch size, or its keys do not fit.
     """
     file = read_weights(path)
-    state, resampled, left_out = to_timm_layout(model, file.state, str(path))
-    report = load_weights(model, state, allow_dropped=CLASSIFIER_KEYS, source=str(path))
+    try:
+        state, resampled, left_out = to_timm_layout(model, file.state, str(path))
+        report = load_weights(model, state, allow_dropped=CLASSIFIER_KEYS, source=str(path))
+    except WeightsError as error:
+        if not (hint := grid_hint(model, file.state)):
+            raise
+        raise WeightsError(f"{error} {hint}") from error
     report.resampled, report.notes = resampled, file.notes
     if left_out:
         report.notes.append(f"Merged into others or left out by timm's reader: {in_a_row(left_out)}.")
+    rows, columns = grid_of(model) or (0, 0)
+    if rows != columns and "pos_embed" in report.loaded and not resampled:
+        report.notes.append(
+            f"pos_embed was taken for a grid of {rows} rows x {columns} columns, which a file does not say: one of "
+            f"{columns} x {rows} would have fitted too."
+        )
     return report
+
+
+def grid_of(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of patches that a learned position table of the model stands for."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return tuple(grid) if grid is not None and isinstance(getattr(model, "pos_embed", None), Tensor) else None
+
+
+def grid_hint(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What to do where a table is no square, for which timm takes every one of another size."""
+    given, grid = state.get("pos_embed"), grid_of(model)
+    if given is None or grid is None or given.ndim != 3:
+        return ""
+    entries = given.shape[1] - (model.pos_embed.shape[1] - math.prod(grid))
+    if math.isqrt(max(entries, 0)) ** 2 == entries:
+        return ""
+    return (
+        f"Its pos_embed is a table of {entries} patches, no square, and the model's grid {grid[0]} x {grid[1]}. Say "
+        "at which size (height, width) it was trained, backbone_args={'img_size': (256, 128)} or --backbone-args "
+        "'{\"img_size\": [256, 128]}'; image_size stays the size you want."
+    )
 
 
 def to_timm_layout(

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from img2vid._version import __version__
-from img2vid.backbones import Backbone, describe, load_backbone, wrap_module
+from img2vid.backbones import describe, wrap_module
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.description import check_description, check_structure, structure
 from img2vid.checkpoints.folders import LEFTOVER, replacing
+from img2vid.checkpoints.rebuilding import build_backbone, check_rebuildable
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError, WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
@@ -55,18 +56,20 @@ def save(
         state: the weights, where the model holds only its share of them (FSDP); None for the model's own.
 
     Raises:
-        WeightsError: the folder holds something else, or cannot be written; the message says why.
+        WeightsError: the folder holds something else, or cannot be written; or the model was changed so that it could
+            not be loaded again. The message says why.
     """
     from img2vid.checkpoints.card import model_card
 
     folder = Path(folder)
     check_replaceable(folder)
+    state = model.state_dict() if state is None else state
+    check_rebuildable(model, state)
     described = json.dumps(describe_model(model), indent=2)
     try:
         with replacing(folder, (WEIGHTS, CONFIG, CARD, CERTIFICATE), outdated=[CERTIFICATE]) as temporary:
             # one entry only: safetensors writes several in random order, and equal models should be equal files
-            weights = separate(model.state_dict() if state is None else state)
-            save_file(weights, temporary / WEIGHTS, metadata={HEADER: described})
+            save_file(separate(state), temporary / WEIGHTS, metadata={HEADER: described})
             (temporary / CONFIG).write_text(described + "\n", encoding="utf-8")
             (temporary / CARD).write_text(model_card(model, certificate, state), encoding="utf-8")
             if certificate is not None:
@@ -187,13 +190,6 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     video.tower.preprocess = Preprocess(tuple(pixels["mean"]), tuple(pixels["std"]), pixels["interpolation"])
     video.image_weights = described.get("image_weights") or UNKNOWN
     return model.eval()
-
-
-def build_backbone(config: VideoConfig) -> Backbone:
-    """The image model of a configuration, without its weights."""
-    return load_backbone(
-        config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
-    )
 
 
 def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
