@@ -25,6 +25,7 @@ from img2vid.data.errors import ListError
 from img2vid.data.lists import read_list
 from img2vid.data.loading import ClipLoader, EvalSampler, TrainSampler, worker_options
 from img2vid.data.manifest import VideoList
+from img2vid.data.order import draw_seed
 from img2vid.data.transforms import InputSpec, MixClips, Normalise, TestTransform, TrainTransform
 
 
@@ -168,7 +169,9 @@ class VideoData(pl.LightningDataModule):
         clip = batch["clip"]  # uint8 until here
         batch["clip"] = self._normalise.to(clip.device)(clip)
         if self._mix is not None and self.trainer is not None and self.trainer.training:
-            batch["clip"], batch["soft_label"] = self._mix(batch["clip"], batch["label"])
+            # by which batch it is, as a run that is resumed has not drawn what came before
+            draw = draw_seed(self.hparams.seed, int(batch["epoch"][0]), int(batch["position"][0]), " mixing")
+            batch["clip"], batch["soft_label"] = self._mix(batch["clip"], batch["label"], draw)
         return batch
 
     # -- parts ---------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def write_shards(rows: Sequence[Row], folder, videos_per_shard: int) -> list[Pat
 
 
 class ShardedVideos(IterableDataset):
-    """Clips streamed from webdataset shards; the items of a `VideoDataset` in training, without index and position.
+    """Clips streamed from webdataset shards; the items of a `VideoDataset` in training, without index.
 
     shards: paths of tars. samples_per_epoch: over all processes; each takes its equal share.
     rank, world_size: of this process. shuffle_buffer: how many samples wait to be drawn from at random.
@@ -123,7 +123,8 @@ class ShardedVideos(IterableDataset):
                 done += 1
                 continue
             try:
-                yield self._item(sample, draw_seed(seed, self.epoch, done))
+                place = {"epoch": self.epoch, "position": done * self.world_size * workers + stream}
+                yield self._item(sample, draw_seed(seed, self.epoch, done)) | place
                 done += 1
             except (VideoError, ValueError) as error:
                 bad += 1

@@ -156,10 +156,16 @@ class MixClips:
             raise ValueError("MixClips with mixup_alpha=0 and cutmix_alpha=0 does nothing: leave it out")
         self.mix = v2.RandomChoice(choices)
 
-    def __call__(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, clips: torch.Tensor, labels: torch.Tensor, seed: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`seed` alone decides the draw; None takes what torch's generator gives."""
         if not clips.is_floating_point() or clips.ndim != 5:
             raise TypeError(f"expected normalised clips (B, T, C, H, W), given {clips.dtype} {tuple(clips.shape)}")
-        mixed, soft = self.mix(tv_tensors.Video(clips), labels)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):  # drawn on the CPU, whatever the device
+            if seed is not None:
+                torch.manual_seed(seed)
+            mixed, soft = self.mix(tv_tensors.Video(clips), labels)
         return mixed.as_subclass(torch.Tensor), soft
 
 
