@@ -98,7 +98,7 @@ class Classification(Objective):
             self.keep("kept_tokens", torch.cat([own, *(tokens([[prompt]])[0] for prompt in self.keep_prompts)]))
             with torch.no_grad():
                 self.keep("kept", model.encode_text(self.kept_tokens, normalize=True))
-        if self.spread_steps:
+        if self.spread_steps and around.training:
             self.spread_out(Step(model, {}))
 
     def spread_out(self, step: Step) -> None:
