@@ -18,8 +18,8 @@ class Tuning:
 
     Args:
         lr: learning rate of pretrained parameters.
-        multipliers: of the rates of ``pretrained`` (1), ``copied`` (5) and ``new`` (10) parameters, and of the text
-            tower (``text``, 1).
+        multipliers: of the rates of ``pretrained`` (1), ``copied`` (5) and ``new`` (10) parameters, and on top of
+            that of the text tower (``text``, 1) and the time embedding (``time_embed``, 1).
         layer_decay: factor on the rate per layer, from the output down; None for none.
         weight_decay: of matrices; norms, biases, gates and embeddings have none.
         optimizer: ``adamw`` (betas) | ``sgd`` (momentum).
