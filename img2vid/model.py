@@ -9,6 +9,7 @@ LayerScale, pooling of any kind, ...) keeps working. What is new sits inside its
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -30,7 +31,7 @@ from img2vid.reloading import load_image_weights
 from img2vid.surgery import insert_time, num_shared_tokens
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
-from img2vid.temporal.embeddings import resample_time_embed
+from img2vid.temporal.embeddings import resample_time_embed, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
@@ -91,7 +92,8 @@ class VideoModel(Overlay, Saving):
         entrance = insert_time(self.tower, config, self.clip)
         drop_once_per_clip(image_model, self.clip)
         if entrance is not None and config.has_time_embed:
-            self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, entrance.dim, **on_device))
+            places = [math.prod(self.tower.grid)] if config.time_embed == "per_patch" else []
+            self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, *places, entrance.dim, **on_device))
             entrance.block.register_forward_pre_hook(self.enter_time)
         if config.attention == "factorised_encoder":
             self.temporal_encoder = TemporalEncoder(dim, config.encoder_layers).to(**on_device)
@@ -155,16 +157,12 @@ class VideoModel(Overlay, Saving):
     def enter_time(self, block: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of the first block that sees time: add ``time_embed`` to its tokens (B*T, P + N, D)."""
         x, *rest = args
-        num_steps = self.clip.num_frames
-        time = self.time_at(num_steps).squeeze(0).repeat(x.shape[0] // num_steps, 1)  # (B*T, D)
-        time = time.unsqueeze(1).expand_as(x)
-        num_shared = num_shared_tokens(self.tower, self.config)
-        if num_shared:  # a token of the whole clip is at no time in particular
-            time = torch.cat([torch.zeros_like(time[:, :num_shared]), time[:, num_shared:]], dim=1)
-        return (x + time.to(x.dtype), *rest)
+        time = self.time_at(self.clip.num_frames).squeeze(0)  # (T, D), or (T, N, D)
+        num_prefix, num_shared = self.tower.num_prefix_tokens, num_shared_tokens(self.tower, self.config)
+        return (x + time_of_tokens(time, x.shape, num_prefix, num_shared).to(x.dtype), *rest)
 
     def time_at(self, num_steps: int) -> Tensor:
-        """Time embedding (1, T, D) for any T."""
+        """Time embedding (1, T, D), or (1, T, N, D) where it is one for each patch, for any T."""
         return resample_time_embed(self.time_embed, num_steps, self.config.time_embed_resample)
 
     def check(self, clips: Tensor) -> None:

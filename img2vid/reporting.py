@@ -98,7 +98,7 @@ def exchange_text(certificate: Certificate) -> str:
     moved = f"a frame's feature moves by {certificate.exchange:.3g} when only the other frames change"
     if not certificate.separate:
         return f"{moved}, but by {certificate.leak:.3g} too when only other clips of the batch change"
-    if certificate.attention == "space_only":
+    if not certificate.mixes_frames:
         return f"kept apart: {moved}"
     coupled = [layer.coupling for layer in certificate.liveness if layer.coupling is not None]
     return moved + (f"; {sum(c > 0.0 for c in coupled)} of {len(coupled)} layers see them" if coupled else "")
