@@ -73,7 +73,7 @@ class VideoConfig:
             list of block numbers.
         temporal_init: ``copy`` | ``random`` | ``zeros``.
         gate: ``temporal_fc`` | ``tanh`` | ``none``.
-        time_embed: ``zeros`` (learned, starting at zero) | ``per_patch`` (the same for each patch of each frame: ViViT) |
+        time_embed: ``zeros`` (learned, starting at zero) | ``per_patch`` (one for each patch of each frame: ViViT) |
             ``none``.
         time_embed_resample: ``linear`` | ``nearest`` | ``crop_or_pad``, for other numbers of frames.
         tubelet_size: frames per tubelet; num_frames counts frames before they are grouped.
