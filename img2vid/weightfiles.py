@@ -6,6 +6,7 @@ Pickles are only ever read with ``weights_only=True``: a file made to run code i
 from __future__ import annotations
 
 import argparse
+import collections
 import os
 import pickle
 import re
@@ -33,6 +34,36 @@ WRAPPERS = (
     "ema",
 )
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
+
+
+# what the training scripts of published checkpoints save beside weights: their settings, paths and curves
+LEFT_OUT = (
+    "parse_config.ConfigParser",  # Frozen in Time
+    "parse_config_dist_multi.ConfigParser",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "mmengine.logging.history_buffer.HistoryBuffer",  # MMAction2
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+)
+
+
+class LeftOut:
+    """Stands in for one of those, whose own code is never imported or run; it takes whatever it is given, and holds
+    nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> LeftOut:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 @dataclass
@@ -121,7 +152,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> object:
     try:
         # training scripts save their options along; a Namespace is nothing but attributes
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+        known = [argparse.Namespace, collections.defaultdict, dict, *((LeftOut, name) for name in LEFT_OUT)]
+        with torch.serialization.safe_globals(known), path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -1,7 +1,7 @@
 """ViViT as transformers keeps it: ``VivitForVideoClassification`` and ``VivitModel``.
 
 Model 1 of the paper (Arnab et al. 2021, arXiv:2103.15691): tubelets, then joint attention over all of them with one
-class token. Its position table has a row for each patch of each tubelet; here that is ``time_embed="per_patch"``, beside
+class token. Its position table has a row for each patch of each tubelet: here ``time_embed="per_patch"``, beside
 an image ``pos_embed`` that is zero for patches. Its 3-D patch projection is ours frame by frame: the central frame's
 weights keep the image key.
 """
