@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from img2vid.errors import WeightsError
+from img2vid.torchscript import is_torchscript, read_torchscript
 
 # names that training scripts put a state dict under; of several in one file the first of these is taken, and said
 WRAPPERS = (
@@ -74,6 +75,7 @@ class WeightsFile:
         wrapper: the key they were under, None for a bare state dict.
         others: further state dicts beside the one that was taken.
         left_out: tensors beside it, and entries in it that are no tensors.
+        activation: of the model's MLPs, by timm's name, where the file says.
     """
 
     path: Path
@@ -81,6 +83,7 @@ class WeightsFile:
     wrapper: str | None = None
     others: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    activation: str | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -114,6 +117,8 @@ def read_weights(path: str | os.PathLike, wrapper: str | None = None) -> Weights
     """``read_state_dict`` together with what else the file held."""
     path = Path(path)
     try:
+        if is_torchscript(path):
+            return read_compiled(path)
         return unwrap(read_content(path), path, wrapper)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or short(error)}.") from error
@@ -166,6 +171,19 @@ def read_pickle(path: Path) -> object:
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         # whatever the unpickler stumbles over in a file that is no pickle
         raise WeightsError(f"{path} is damaged, truncated, or no PyTorch file: {short(error)}") from error
+
+
+def read_compiled(path: Path) -> WeightsFile:
+    try:
+        state, activation = read_torchscript(path)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        raise WeightsError(
+            f"{path} is a TorchScript archive whose weights cannot be read without its code, which is not run: "
+            f"{short(error)}"
+        ) from error
+    if not state:
+        raise WeightsError(f"{path} is a TorchScript archive that holds no weights.")
+    return WeightsFile(path, state, activation=activation)
 
 
 HTML = "an HTML page, probably a login or error page of a download; fetch the file itself"

@@ -12,8 +12,8 @@ import img2vid
 ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
-    {"_version", "errors"},
-    {"config", "weightfiles", "overlay"},
+    {"_version", "errors", "torchscript"},
+    {"config", "weightfiles", "overlay", "keytable"},
     {"weights"},
     {"guarantees", "command", "options"},
     {"temporal"},

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import img2vid
-from img2vid.checkpoints import dialect as engine
+from img2vid import keytable
+from img2vid.checkpoints.dialect import Foreign
 from img2vid.checkpoints.importing import DIALECTS
 from img2vid.cli import main
 from img2vid.config import ConfigError, VideoConfig
@@ -54,18 +55,18 @@ def test_tables_are_one_to_one_and_sorted_into_two_columns(name):
     assert len(set(ours)) == len(ours)
     for row in table:
         their_key = row[0].replace("{i}", "11")
-        our_key = engine.renamed(their_key, table)
-        back = engine.renamed(our_key, tuple((b, a) for a, b in table))
+        our_key = keytable.renamed(their_key, table)
+        back = keytable.renamed(our_key, tuple((b, a) for a, b in table))
         assert our_key == row[1].replace("{i}", "11")
         assert back == their_key
 
 
 def test_a_row_means_the_name_its_weight_and_its_bias_and_nothing_else():
     table = (("a.{i}.norm", "b.{i}.norm1"), ("q", "qkv[q]"))
-    assert engine.renamed("a.3.norm.weight", table) == "b.3.norm1.weight"
-    assert engine.renamed("q.bias", table) == "qkv.bias[q]"
+    assert keytable.renamed("a.3.norm.weight", table) == "b.3.norm1.weight"
+    assert keytable.renamed("q.bias", table) == "qkv.bias[q]"
     for other in ("a.3.norm2.weight", "a.x.norm.weight", "aa.3.norm.weight", "a.3.norm.running_mean", "a_3_norm"):
-        assert engine.renamed(other, table) is None
+        assert keytable.renamed(other, table) is None
 
 
 # ---- files that are not quite right
@@ -292,7 +293,7 @@ def test_published_sizes_are_recognised():
         config = VideoConfig(num_frames=num_frames, prefix_mode="shared", num_classes=400)
         backbone = img2vid.load_backbone("timm:vit_base_patch16_224", image_size=(size, size), on_meta=True)
         model = VideoModel(backbone.tower.module, config)
-        file = engine.Foreign(pathlib.Path("a.pyth"), DIALECTS["timesformer"].to_theirs(model.state_dict(), config))
+        file = Foreign(pathlib.Path("a.pyth"), DIALECTS["timesformer"].to_theirs(model.state_dict(), config))
         described = DIALECTS["timesformer"].describe(file)
         assert described.backbone == "timm:vit_base_patch16_224"
         assert described.num_frames == num_frames

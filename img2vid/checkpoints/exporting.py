@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.description import structure
-from img2vid.checkpoints.dialect import Dialect, Foreign, State
+from img2vid.checkpoints.dialect import Dialect, Foreign
 from img2vid.checkpoints.folders import replacing
 from img2vid.checkpoints.foreign import CONFIG, FILES, PIXELS, RESAMPLING
 from img2vid.checkpoints.importing import DIALECTS, described
 from img2vid.checkpoints.native import separate
 from img2vid.config import one_of
 from img2vid.errors import WeightsError
+from img2vid.keytable import State
 from img2vid.model import VideoModel, VideoTextModel
 from img2vid.weights import in_a_row
 

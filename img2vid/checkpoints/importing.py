@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from img2vid.backbones import load_backbone
-from img2vid.checkpoints.dialect import Dialect, Foreign, State, account
+from img2vid.checkpoints.dialect import Dialect, Foreign, account
 from img2vid.checkpoints.foreign import read_foreign
 from img2vid.checkpoints.frozen_in_time import FROZEN_IN_TIME
 from img2vid.checkpoints.hf_timesformer import HF_TIMESFORMER
@@ -22,6 +22,7 @@ from img2vid.checkpoints.timesformer import TIMESFORMER
 from img2vid.checkpoints.vivit import VIVIT
 from img2vid.config import ConfigError, VideoConfig, image_size_pair, one_of, whole_number
 from img2vid.errors import WeightsError
+from img2vid.keytable import State
 from img2vid.model import VideoModel, build_model
 from img2vid.temporal.embeddings import resample_patch_times, resample_pos_embed, resample_time_embed
 from img2vid.weights import LoadReport, load_weights

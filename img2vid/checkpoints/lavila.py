@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 
 from img2vid.backbones.tower import Preprocess
-from img2vid.checkpoints.dialect import Dialect, Foreign, State
+from img2vid.checkpoints.dialect import Dialect, Foreign
 from img2vid.checkpoints.frozen_in_time import SETTINGS
 from img2vid.checkpoints.plain_vit import EPS, plain_vit, sizes_of, square
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
+from img2vid.keytable import State
 
 TABLE = (
     # LaViLa                                    img2vid
