@@ -62,6 +62,18 @@ def certify_main(argv: Sequence[str]) -> int:
     return 0 if certificate.ok else 1
 
 
+def import_main(argv: Sequence[str]) -> int:
+    from img2vid.checkpoints.importing import main
+
+    return main(argv)
+
+
+def export_main(argv: Sequence[str]) -> int:
+    from img2vid.checkpoints.exporting import main
+
+    return main(argv)
+
+
 def interpolate_main(argv: Sequence[str]) -> int:
     from img2vid.interpolation import main
 
@@ -147,6 +159,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "convert": (convert_main, "turn an image transformer into a video transformer, with proof"),
     "inspect": (inspect_main, "show what is inside a backbone or a saved model, and what is guaranteed"),
     "certify": (certify_main, "compare a saved model with its image model again"),
+    "import": (import_main, "take in a published video checkpoint: TimeSformer, Frozen in Time, LaViLa, ViViT"),
+    "export": (export_main, "write a model as other libraries read it, or give back its image model"),
     "interpolate": (interpolate_main, "go back towards the image model, or average models, in weight space"),
     "train": (train_main, "continue pretraining on video (fit, validate or test; fit if none is named)"),
     "estimate": (estimate_main, "what training will cost: parameters, FLOPs, memory, GPU-hours"),

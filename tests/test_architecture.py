@@ -13,7 +13,7 @@ ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
     {"_version", "errors"},
-    {"config", "bytecount", "overlay"},
+    {"config", "bytecount", "overlay", "keytable", "torchscript"},
     {"weightindex"},
     {"weightfiles"},
     {"weights"},
