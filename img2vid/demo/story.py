@@ -8,10 +8,8 @@ can be gone on with: the models, the videos, the recipe (train.yaml), the result
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from img2vid.command import Progress
+from img2vid.command import Progress, progress_bar
 from img2vid.data.digits import DIGIT_WORDS
 from img2vid.data.lists import read_list
 from img2vid.data.manifest import VideoList, write_manifest
@@ -27,7 +25,6 @@ from img2vid.data.synthetic import CLASS_NAMES, MOTIONS, MotionSettings, make_mo
 from img2vid.errors import Img2VidError
 from img2vid.evaluation.features import Compute, extract, write_whole
 from img2vid.evaluation.honesty import honesty
-from img2vid.evaluation.options import progress_bar
 from img2vid.evaluation.protocols import Lists, gather_lists
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import write_result
@@ -216,13 +213,3 @@ def sentence(found: dict[str, Any]) -> str:
         f"motion {found['motion']['value']:.1%} (chance {1 / len(CLASS_NAMES):.1%}), shown backwards the opposite "
         f"{found['backwards']:.1%}, digits {found['digits']['value']:.1%}"
     )
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="new folder (default: runs/demo)")
-    parser.add_argument("--quick", action="store_true", help="under a minute: all the steps, too short to learn much")
-    parser.add_argument("--seed", type=int, default=0, help="of videos and training (default: 0)")
-    options = parser.parse_args(argv)
-    tell(options.out, QUICK if options.quick else FULL, options.seed)
-    return 0
