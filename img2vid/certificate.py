@@ -61,6 +61,7 @@ class Certificate:
     weights_before: str | None = None  # the same before the conversion, where it was noted
     weights_at_conversion: str | None = None  # the same when a saved model was made: training may have changed them
     text_difference: float | None = None
+    mixes_frames: bool = True  # whether frames are meant to know of each other
     at_step_0: bool = False  # the model comes straight from its conversion, so nothing can have moved its gates
 
     @property
@@ -85,7 +86,7 @@ class Certificate:
     @property
     def alive(self) -> bool:
         """Whether every inserted layer can learn, and frames can know of each other where the design says so."""
-        connected = (self.exchange > 0.0) == (self.attention != "space_only")
+        connected = (self.exchange > 0.0) == self.mixes_frames
         return connected and all(layer.alive for layer in self.liveness)
 
     @property
@@ -176,6 +177,7 @@ def certify(
     return Certificate(
         backbone=video.config.backbone,
         attention=video.config.attention,
+        mixes_frames=video.config.mixes_frames,
         prefix_mode=video.config.prefix_mode,
         guarantee=guarantee,
         num_zero_parameters=sum(p.numel() for p in zero_parameters.values()),

@@ -138,9 +138,9 @@ def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], cl
     moved: dict[str, float] = {}
 
     def look(path: str, attention: TemporalAttention, args: tuple, out: Tensor) -> None:
-        x, num_frames = args  # (B*T, N, D)
+        x, num_frames, *rest = args  # (B*T, N, D)
         swapped = swap_others(x.unflatten(0, (-1, num_frames))).flatten(0, 1)
-        moved[path] = largest((attention.forward(swapped, num_frames) - out)[::num_frames])
+        moved[path] = largest((attention.forward(swapped, num_frames, *rest) - out)[::num_frames])
 
     hooks = [
         attention.register_forward_hook(lambda module, args, out, path=path: look(path, module, args, out))

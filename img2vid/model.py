@@ -9,15 +9,15 @@ LayerScale, pooling of any kind, ...) keeps working. What is new sits inside its
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from img2vid.backbones import describe
 from img2vid.backbones.any_size import take_any_size
@@ -32,7 +32,7 @@ from img2vid.reloading import load_image_weights
 from img2vid.surgery import insert_time, num_shared_tokens
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
-from img2vid.temporal.embeddings import resample_time_embed
+from img2vid.temporal.embeddings import resample_time_embed, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
@@ -93,7 +93,8 @@ class VideoModel(Overlay, Saving):
         entrance = insert_time(self.tower, config, self.clip)
         drop_once_per_clip(image_model, self.clip)
         if entrance is not None and config.has_time_embed:
-            self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, entrance.dim, **on_device))
+            places = [math.prod(self.tower.grid)] if config.time_embed == "per_patch" else []
+            self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, *places, entrance.dim, **on_device))
             entrance.block.register_forward_pre_hook(self.enter_time)
         if config.attention == "factorised_encoder":
             self.temporal_encoder = TemporalEncoder(dim, config.encoder_layers).to(**on_device)
@@ -156,15 +157,12 @@ class VideoModel(Overlay, Saving):
     def enter_time(self, block: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of the first block that sees time: add ``time_embed`` to its tokens (B*T, P + N, D)."""
         x, *rest = args
-        num_steps = self.clip.num_frames
-        time = repeat(self.time_at(num_steps), "1 t d -> (b t) 1 d", b=x.shape[0] // num_steps)
-        num_shared = num_shared_tokens(self.tower, self.config)
-        if num_shared:  # a token of the whole clip is at no time in particular
-            time = F.pad(time.expand(-1, x.shape[1] - num_shared, -1), (0, 0, num_shared, 0))
-        return (x + time.to(x.dtype), *rest)
+        time = self.time_at(self.clip.num_frames).squeeze(0)  # (T, D), or (T, N, D)
+        num_prefix, num_shared = self.tower.num_prefix_tokens, num_shared_tokens(self.tower, self.config)
+        return (x + time_of_tokens(time, x.shape, num_prefix, num_shared).to(x.dtype), *rest)
 
     def time_at(self, num_steps: int) -> Tensor:
-        """Time embedding (1, T, D) for any T."""
+        """Time embedding (1, T, D), or (1, T, N, D) where it is one for each patch, for any T."""
         return resample_time_embed(self.time_embed, num_steps, self.config.time_embed_resample)
 
     def check(self, clips: Tensor) -> None:

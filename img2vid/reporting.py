@@ -101,7 +101,7 @@ def exchange_text(certificate: Certificate) -> str:
     strays = [layer.layer for layer in certificate.liveness if layer.stray not in (None, 0.0)]
     if strays:
         return f"{moved}, but in {', '.join(strays)} tokens attend along other positions than their own"
-    if certificate.attention == "space_only":
+    if not certificate.mixes_frames:
         return f"kept apart: {moved}"
     coupled = [layer.coupling for layer in certificate.liveness if layer.coupling is not None]
     return (

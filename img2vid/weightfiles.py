@@ -6,6 +6,7 @@ Pickles are only ever read with ``weights_only=True``: a file made to run code i
 from __future__ import annotations
 
 import argparse
+import collections
 import os
 import pickle
 import re
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from img2vid.bytecount import CountedFile, counting
 from img2vid.errors import WeightsError
+from img2vid.torchscript import is_torchscript, read_torchscript
 from img2vid.weightindex import SUFFIX, files_of_index, read_index
 
 # names that training scripts put a state dict under; of several in one file the first of these is taken, and said
@@ -38,6 +40,36 @@ PAGE = 4096  # bytes
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
 
 
+# what the training scripts of published checkpoints save beside weights: their settings, paths and curves
+LEFT_OUT = (
+    "parse_config.ConfigParser",  # Frozen in Time
+    "parse_config_dist_multi.ConfigParser",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "mmengine.logging.history_buffer.HistoryBuffer",  # MMAction2
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+)
+
+
+class LeftOut:
+    """Stands in for one of those, whose own code is never imported or run; it takes whatever it is given, and holds
+    nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> LeftOut:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 @dataclass
 class WeightsFile:
     """Tensors of one file by name, and what else was in it.
@@ -46,6 +78,7 @@ class WeightsFile:
         wrapper: the key they were under, None for a bare state dict.
         others: further state dicts beside the one that was taken.
         left_out: tensors beside it, and entries in it that are no tensors.
+        activation: of the model's MLPs, by timm's name, where the file says.
     """
 
     path: Path
@@ -53,6 +86,7 @@ class WeightsFile:
     wrapper: str | None = None
     others: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    activation: str | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -88,6 +122,8 @@ def read_weights(path: str | os.PathLike, wrapper: str | None = None) -> Weights
     """``read_state_dict`` together with what else the file held."""
     path = Path(path)
     try:
+        if is_torchscript(path):
+            return read_compiled(path)
         return unwrap(read_content(path), path, wrapper)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or short(error)}.") from error
@@ -138,8 +174,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> object:
     try:
         # training scripts save their options along; a Namespace is nothing but attributes
+        known = [argparse.Namespace, collections.defaultdict, dict, *((LeftOut, name) for name in LEFT_OUT)]
         with (
-            torch.serialization.safe_globals([argparse.Namespace]),
+            torch.serialization.safe_globals(known),
             counting(path.stat().st_size) as add,
             CountedFile(path, add) as file,
         ):
@@ -155,6 +192,19 @@ def read_pickle(path: Path) -> object:
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         # whatever the unpickler stumbles over in a file that is no pickle
         raise WeightsError(f"{path} is damaged, truncated, or no PyTorch file: {short(error)}") from error
+
+
+def read_compiled(path: Path) -> WeightsFile:
+    try:
+        state, activation = read_torchscript(path)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        raise WeightsError(
+            f"{path} is a TorchScript archive whose weights cannot be read without its code, which is not run: "
+            f"{short(error)}"
+        ) from error
+    if not state:
+        raise WeightsError(f"{path} is a TorchScript archive that holds no weights.")
+    return WeightsFile(path, state, activation=activation)
 
 
 HTML = "an HTML page, probably a login or error page of a download; fetch the file itself"

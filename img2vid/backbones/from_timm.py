@@ -12,7 +12,7 @@ from timm.models import cait
 from torch import nn
 
 from img2vid.backbones.any_size import set_cait_size
-from img2vid.backbones.building import building, say_loading
+from img2vid.backbones.building import building, say_loading, set_norm_eps
 from img2vid.backbones.hub import fetching
 from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
@@ -57,12 +57,13 @@ def load_timm(
             square does not say so: give the size it was trained at as ``arguments["img_size"]``.
         random_weights: no weights at all.
         image_size: pixels (height, width); position embeddings are resampled.
-        arguments: further keyword arguments of ``timm.create_model``, such as ``drop_path_rate``.
+        arguments: further keyword arguments of ``timm.create_model``, such as ``drop_path_rate``; and ``norm_eps``.
     """
     check_known(name)
     arguments = dict(arguments or {})
     full_name = name.architecture + (f".{name.tag}" if name.tag else "")
     described = dict(arguments)
+    norm_eps = arguments.pop("norm_eps", None)
     with building(str(name), described):
         arguments, model = with_any_size(full_name, {"num_classes": 0, **arguments})
     tower = describe_timm(model)  # refuse before downloading anything
@@ -80,12 +81,14 @@ def load_timm(
         with building(str(name), described), fetching(f"the pretrained weights of {name}"):
             model = timm.create_model(full_name, pretrained=True, **arguments)
         source = f"timm {full_name}"
+        set_norm_eps(model, norm_eps)
         set_image_size(model, image_size)
     else:
         if device != "meta":
             with building(str(name), described), torch.device(device):
                 model = timm.create_model(full_name, pretrained=False, **arguments)
         source = None
+        set_norm_eps(model, norm_eps)
         size_of_file = describe_timm(model).image_size if weights is not None and "img_size" in described else None
         if size_of_file is None:
             set_image_size(model, image_size)  # first, so that a file of that size goes in as it is

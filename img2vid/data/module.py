@@ -168,7 +168,9 @@ class VideoData(pl.LightningDataModule):
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         if self._mixes:
             # by what the batch holds, so that a resumed run mixes alike; asked for here, where it costs no waiting
-            batch["mix_seed"] = draw_seed(self.hparams.seed, int(batch["epoch"][0]), -2 - int(batch["position"][0]))
+            batch["mix_seed"] = draw_seed(
+                self.hparams.seed, int(batch["epoch"][0]), int(batch["position"][0]), " mixing"
+            )
         return batch
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:

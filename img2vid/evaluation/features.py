@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from img2vid._version import __version__
+from img2vid.choices import EVALUATION_PRECISIONS
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation.conditions import CONDITIONS, LEVELS, order_frames, represent, video_part
 from img2vid.evaluation.errors import EvaluationError
@@ -37,7 +38,6 @@ from img2vid.evaluation.reading import Problem, Videos, Views, identity, input_s
 from img2vid.evidence import fingerprint, in_eval_mode
 from img2vid.model import VideoModel, VideoTextModel
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMAT = 1
 
 
@@ -63,8 +63,8 @@ class Compute:
     timeout_seconds: float = 300.0
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise EvaluationError(f"precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}.")
+        if self.precision not in EVALUATION_PRECISIONS:
+            raise EvaluationError(f"precision={self.precision!r}: expected one of {', '.join(EVALUATION_PRECISIONS)}.")
         if self.batch_size < 1 or self.num_workers < 0:
             raise EvaluationError(f"Expected batch_size >= 1 and num_workers >= 0, given {self}.")
 
@@ -177,7 +177,7 @@ def forward(model, clips: list[Tensor], rows: list[int], name: str, level: str, 
     batch = stack(clips).to(compute.device)  # (n * V, T, C, H, W), uint8
     size = video_part(model).config.tubelet_size
     batch = order_frames(batch, condition.order, [row for row in rows for _ in range(views)], size)
-    dtype = PRECISIONS[compute.precision]
+    dtype = None if compute.precision == "float32" else getattr(torch, compute.precision)
     weights = next(model.parameters()).dtype
     device_type = torch.device(compute.device).type
     with torch.autocast(device_type, dtype) if dtype is not None else nullcontext():

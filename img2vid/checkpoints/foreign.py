@@ -1,0 +1,97 @@
+"""Reading checkpoints that others have written: a weights file, or a folder as transformers saves it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from img2vid.backbones.tower import Preprocess
+from img2vid.checkpoints.dialect import Foreign
+from img2vid.errors import WeightsError
+from img2vid.weights import in_a_row, read_state_dict, read_weights
+
+CONFIG, PIXELS = "config.json", "preprocessor_config.json"
+FILES = ("model.safetensors", "pytorch_model.bin")  # transformers' own names, the better one first
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def read_foreign(path: str | Path) -> Foreign:
+    """
+    Raises:
+        WeightsError: it cannot be read, or holds no weights.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        file = read_weights(path)
+        return Foreign(path, file.state, notes=file.notes)
+    config = read_json(path / CONFIG)
+    if config is None:
+        raise WeightsError(
+            f"{path} is a folder without {CONFIG}, which transformers writes. Give the weights file itself."
+        )
+    if "kind" in config and "video" in config:
+        raise WeightsError(f"{path} already is a model of img2vid: img2vid.load({str(path)!r}).")
+    pixels = read_json(path / PIXELS)
+    return Foreign(path, read_folder(path), config, None if pixels is None else pixel_statistics(pixels, path / PIXELS))
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder, in one file or several that an index names."""
+    for name in FILES:
+        if (folder / name).is_file():
+            return read_state_dict(folder / name)
+        index = read_json(folder / f"{name}.index.json")
+        if index is not None:
+            return read_shards(folder, f"{name}.index.json", index)
+    raise WeightsError(f"{folder} holds no weights: expected {' or '.join(FILES)}, or the index of several files.")
+
+
+def read_shards(folder: Path, name: str, index: dict[str, Any]) -> dict[str, Tensor]:
+    home = index.get("weight_map")
+    files = list(home.values()) if isinstance(home, dict) else [None]
+    if not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise WeightsError(f"{folder / name} is no index of weights: expected weight_map, names of files by key.")
+    state: dict[str, Tensor] = {}
+    for file in sorted(set(files)):
+        state.update(read_state_dict(folder / file))
+    missing = sorted(home.keys() - state.keys())
+    if missing:
+        raise WeightsError(f"{folder / name} promises keys that its files do not hold: {in_a_row(missing)}.")
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, expected fields by name.")
+    return content
+
+
+def pixel_statistics(described: dict[str, Any], path: Path) -> Preprocess | None:
+    """What an image processor of transformers does to bytes, as mean and deviation of pixels in 0..1.
+
+    It computes ``((byte * rescale_factor - offset) - mean) / std``, each step if it is asked for.
+    """
+    try:
+        factor = described.get("rescale_factor", 1 / 255) if described.get("do_rescale", True) else 1.0
+        offset = 1.0 if described.get("offset") else 0.0
+        normalises = described.get("do_normalize", True)
+        mean = described.get("image_mean") or [0.5] * 3 if normalises else [0.0] * 3
+        std = described.get("image_std") or [0.5] * 3 if normalises else [1.0] * 3
+        scale = 255.0 * factor
+        return Preprocess(
+            tuple((offset + m) / scale for m in mean),
+            tuple(s / scale for s in std),
+            RESAMPLING.get(described.get("resample"), "bilinear"),
+        )
+    except (TypeError, ZeroDivisionError) as error:
+        raise WeightsError(f"{path} describes no normalisation of pixels: {error}") from error
