@@ -78,9 +78,28 @@ class ClipLoader(DataLoader):
 
     def __iter__(self):
         self.batches = self.sampler.start // self.batch_size
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                raise RuntimeError(self._who_is_late()) from error
             self.batches += 1
             yield batch
+
+    def _who_is_late(self) -> str:
+        """Workers hang without a word, but batches come in order, so what the next one holds is known."""
+        sampler, first = self.sampler, self.batches * self.batch_size
+        places = [step * sampler.num_replicas + sampler.rank for step in range(first, first + self.batch_size)]
+        rows = [self.dataset.videos.rows[self.dataset.order.row(sampler.epoch, place)] for place in places]
+        return (
+            f"no batch came for {self.timeout:g} seconds (timeout_seconds). One of the videos of batch {self.batches} "
+            f"of epoch {sampler.epoch} blocks a worker, or they are too slow: {', '.join(r.path for r in rows)}"
+        )
 
     def state_dict(self) -> dict:
         return {"epoch": self.sampler.epoch, "batches": self.batches, **self._plan()}

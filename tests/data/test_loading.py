@@ -1,5 +1,6 @@
 """Samplers and loaders: every row where it belongs, over processes, workers and interruptions."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from img2vid.data.datasets import ClipSampler, VideoDataset
 from img2vid.data.loading import ClipLoader, EvalSampler, TrainSampler, worker_options
+from img2vid.data.order import draw_seed
 from img2vid.data.transforms import TrainTransform
 from tests.data.conftest import SPEC
 
@@ -114,3 +116,31 @@ def test_wrong_ranks():
         TrainSampler(10, 2, 2)
     with pytest.raises(ValueError, match="3 videos cannot be shared among 4"):
         TrainSampler(3, 0, 4)
+
+
+class StuckAt(TrainTransform):
+    """A worker that hangs on one row, as in a driver or on a network disk."""
+
+    stuck: int
+
+    def __call__(self, clip, seed):
+        if seed == self.stuck:
+            time.sleep(3600)
+        return super().__call__(clip, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_hung_worker_ends_the_run_and_the_videos_are_named(videos):
+    hanging = loader(videos, num_workers=2)
+    batches = rows(loader(videos))
+    transform = hanging.dataset.transform = StuckAt(SPEC)
+    transform.stuck = draw_seed(0, 0, batches[5])  # in the third batch of two
+    hanging.timeout = 20
+    taken = []
+    with pytest.raises(RuntimeError, match="no batch came for 20 seconds.*batch 2 of epoch 0") as caught:
+        for batch in hanging:
+            taken += batch["index"].tolist()
+    assert taken == batches[:4]
+    assert all(videos.rows[row].path in str(caught.value) for row in batches[4:6])
+    assert not any(videos.rows[row].path in str(caught.value) for row in batches[:4])
