@@ -1,4 +1,4 @@
-"""Reading checkpoints that others have written: a weights file, or a folder as transformers saves it."""
+"""A folder as transformers saves it: weights in one file or several, ``config.json``, and how pixels are prepared."""
 
 from __future__ import annotations
 
@@ -9,33 +9,31 @@ from typing import Any
 from torch import Tensor
 
 from img2vid.backbones.tower import Preprocess
-from img2vid.checkpoints.dialect import Foreign
 from img2vid.errors import WeightsError
-from img2vid.weights import in_a_row, read_state_dict, read_weights
+from img2vid.weights import in_a_row, read_state_dict
 
 CONFIG, PIXELS = "config.json", "preprocessor_config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")  # transformers' own names, the better one first
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def read_foreign(path: str | Path) -> Foreign:
+def read_config(folder: Path) -> dict[str, Any]:
     """
     Raises:
-        WeightsError: it cannot be read, or holds no weights.
+        WeightsError: there is none, or it is of a model of ours.
     """
-    path = Path(path)
-    if not path.is_dir():
-        file = read_weights(path)
-        return Foreign(path, file.state, notes=file.notes)
-    config = read_json(path / CONFIG)
+    config = read_json(folder / CONFIG)
     if config is None:
-        raise WeightsError(
-            f"{path} is a folder without {CONFIG}, which transformers writes. Give the weights file itself."
-        )
+        raise WeightsError(f"{folder} is a folder without {CONFIG}, which transformers writes. Give the weights file.")
     if "kind" in config and "video" in config:
-        raise WeightsError(f"{path} already is a model of img2vid: img2vid.load({str(path)!r}).")
-    pixels = read_json(path / PIXELS)
-    return Foreign(path, read_folder(path), config, None if pixels is None else pixel_statistics(pixels, path / PIXELS))
+        raise WeightsError(f"{folder} already is a model of img2vid: img2vid.load({str(folder)!r}).")
+    return config
+
+
+def read_pixels(folder: Path) -> Preprocess | None:
+    """How pixels were prepared, None where nothing says."""
+    described = read_json(folder / PIXELS)
+    return None if described is None else pixel_statistics(described, folder / PIXELS)
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
