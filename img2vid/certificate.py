@@ -2,8 +2,8 @@
 
 Four kinds of clip are shown to both models on the same folded batch (one frame; one frame repeated; different frames;
 those frames shuffled), and what comes out of every block and of the whole is compared. Then the gates are pushed off
-zero (the output must move, and each frame must notice when the others of its clip change, and nothing else), closed
-again (it must come back bit for bit), and two optimiser steps show where gradient arrives.
+zero (the output must move, and each frame must notice when the others of its clip change, at each token's own position,
+and nothing else), closed again (it must come back bit for bit), and two optimiser steps show where gradient arrives.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Certificate:
 
     @property
     def separate(self) -> bool:
-        """Whether the clips of a batch know nothing of each other."""
-        return self.leak == 0.0
+        """Whether clips of a batch know nothing of each other, nor, along time, patches of other positions."""
+        return self.leak == 0.0 and all(layer.stray in (None, 0.0) for layer in self.liveness)
 
     @property
     def alive(self) -> bool:

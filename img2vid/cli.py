@@ -142,7 +142,20 @@ def train_main(argv: Sequence[str]) -> int:
     return main([*subcommand, *argv])
 
 
+def demo_main(argv: Sequence[str]) -> int:
+    from img2vid.demo.story import main
+
+    return main(argv)
+
+
+def doctor_main(argv: Sequence[str]) -> int:
+    from img2vid.doctor import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "demo": (demo_main, "see the whole idea: convert, prove, train on moving digits, evaluate, a page of pictures"),
     "convert": (convert_main, "turn an image transformer into a video transformer, with proof"),
     "inspect": (inspect_main, "show what is inside a backbone or a saved model, and what is guaranteed"),
     "certify": (certify_main, "compare a saved model with its image model again"),
@@ -153,6 +166,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "estimate": (estimate_main, "what training will cost: parameters, FLOPs, memory, GPU-hours"),
     "data": (data_main, "check and prepare lists of videos, write synthetic ones"),
     "eval": (eval_main, "measure a model on videos, and what time added to it"),
+    "doctor": (doctor_main, "what is installed, whether it works here, and what installs the rest"),
     "plot": (plot_main, "draw and compare results, and what a model looks at"),
 }
 

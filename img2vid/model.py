@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from img2vid.backbones import describe
@@ -133,10 +134,10 @@ class VideoModel(Overlay, Saving):
         """Clips (B, T, C, H, W) -> one feature per frame, or per tubelet (B, T, D), already informed by all frames."""
         self.check(clips)
         steps = self.tubelets(clips)  # (B, T, C, H, W); T counts tubelets from here on
-        num_clips, num_steps = steps.shape[:2]
+        num_steps = steps.shape[1]
         with self.clip.of(num_steps):
-            features = self.base(steps.flatten(0, 1))  # (B*T, D)
-        features = over(lambda x: x.unflatten(0, (num_clips, num_steps)), features)
+            features = self.base(rearrange(steps, "b t c h w -> (b t) c h w"))  # (B*T, D)
+        features = over(lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_steps), features)
         if self.config.attention == "factorised_encoder":
             features = self.encode_time(features)
         return features
@@ -151,8 +152,7 @@ class VideoModel(Overlay, Saving):
 
     def tubelets(self, clips: Tensor) -> Tensor:
         """Group K frames: (B, T, C, H, W) -> (B, T/K, K*C, H, W)."""
-        size = self.config.tubelet_size
-        return clips if size == 1 else clips.unflatten(1, (-1, size)).flatten(2, 3)
+        return rearrange(clips, "b (t k) c h w -> b t (k c) h w", k=self.config.tubelet_size)
 
     def enter_time(self, block: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of the first block that sees time: add ``time_embed`` to its tokens (B*T, P + N, D)."""

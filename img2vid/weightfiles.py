@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from img2vid.bytecount import CountedFile, counting
 from img2vid.errors import WeightsError
 from img2vid.torchscript import is_torchscript, read_torchscript
+from img2vid.weightindex import SUFFIX, files_of_index, read_index
 
 # names that training scripts put a state dict under; of several in one file the first of these is taken, and said
 WRAPPERS = (
@@ -34,6 +36,7 @@ WRAPPERS = (
     "state_dict_ema",
     "ema",
 )
+PAGE = 4096  # bytes
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
 
 
@@ -103,6 +106,8 @@ class WeightsFile:
 def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` or pickled (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) weights file, on the CPU.
 
+    The index of a checkpoint in several files (``model.safetensors.index.json``) stands for all of them.
+
     Args:
         wrapper: the key of the state dict in a file that holds several, such as ``model_ema``. By default known
             wrappers (``{"state_dict": ...}``) and prefixes that all keys share (``module.``) are taken off.
@@ -126,8 +131,11 @@ def read_weights(path: str | os.PathLike, wrapper: str | None = None) -> Weights
 
 def read_content(path: Path) -> object:
     if path.is_dir():
+        indexes = ", ".join(sorted(str(entry) for entry in path.glob(f"*{SUFFIX}")))
         raise WeightsError(
-            f"{path} is a folder; give a weights file. A folder saved by img2vid loads with img2vid.load."
+            f"{path} is a folder; give a weights file"
+            + (f", such as the index in it: {indexes}." if indexes else ".")
+            + " A folder saved by img2vid loads with img2vid.load."
         )
     if not path.is_file():
         raise WeightsError(f"There is no weights file {path}.")
@@ -135,6 +143,9 @@ def read_content(path: Path) -> object:
         head = file.read(1024)
     if not head:
         raise WeightsError(f"{path} is empty (0 bytes); download or copy it again.")
+    files = files_of_index(path)
+    if files is not None:
+        return read_index(path, files, read_content)
     # content decides, not the suffix: files get renamed. 8 bytes of header length, then the header, which is JSON
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return read_safetensors(path)
@@ -145,11 +156,17 @@ def read_content(path: Path) -> object:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
+    state = {}
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file, counting(path.stat().st_size) as add:
+            for key in file.keys():  # noqa: SIM118, no mapping
+                state[key] = tensor = file.get_tensor(key)
+                if tensor.nbytes > PAGE:  # mapped, not yet read: touching each page brings it into memory here
+                    tensor.flatten().view(torch.uint8)[::PAGE].sum()
+                add(tensor.nbytes)
+        return state
     except (SafetensorError, ValueError, OSError) as error:
         raise WeightsError(f"{path} is damaged, truncated, or no safetensors file: {short(error)}") from error
 
@@ -158,7 +175,11 @@ def read_pickle(path: Path) -> object:
     try:
         # training scripts save their options along; a Namespace is nothing but attributes
         known = [argparse.Namespace, collections.defaultdict, dict, *((LeftOut, name) for name in LEFT_OUT)]
-        with torch.serialization.safe_globals(known), path.open("rb") as file:
+        with (
+            torch.serialization.safe_globals(known),
+            counting(path.stat().st_size) as add,
+            CountedFile(path, add) as file,
+        ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -196,8 +217,7 @@ SIGNATURES = {
     b"<!doctype html": HTML,
     b"<html": HTML,
     b"<?xml": "an XML page, probably an error answer of a download",
-    b"{": "JSON text: an error answer of a download, or the index of a checkpoint in several files, which have to be "
-    "merged into one",
+    b"{": "JSON text, perhaps an error answer of a download",
     b"\x93numpy": NUMPY,
     b"\x89hdf": "an HDF5 file, as Keras writes them, for which there is no reader here",
     b"\x1f\x8b": "compressed (gzip); unpack it first",

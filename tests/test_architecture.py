@@ -12,8 +12,10 @@ import img2vid
 ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
-    {"_version", "errors", "torchscript"},
-    {"config", "weightfiles", "overlay", "keytable"},
+    {"_version", "errors"},
+    {"config", "bytecount", "overlay", "keytable", "torchscript"},
+    {"weightindex"},
+    {"weightfiles"},
     {"weights"},
     {"guarantees", "command", "options"},
     {"temporal"},
@@ -24,13 +26,14 @@ TIERS = [
     {"model"},
     {"evidence", "tuning", "footprint"},
     {"liveness"},
-    {"certificate", "checkpoints", "grafts"},
+    {"certificate", "movement", "checkpoints", "grafts"},
     {"inspection", "convert", "interpolation", "evaluation", "export"},
-    {"callbacks", "estimate"},
+    {"averaging", "callbacks", "stopping", "estimate"},
     {"training"},
     {"fit"},
+    {"demo", "doctor"},
     {"cli", "__init__"},
-    {"__main__"},
+    {"__main__", "demo.__main__"},
 ]
 LEAVES = {"data", "objectives", "reporting", "plots"}
 

@@ -71,6 +71,8 @@ def test_training_from_the_command_line(motion_set, tmp_path, capsys):
     assert len(gates) == 4 and all(gate.abs().sum() > 0 for gate in gates)
     moved = json.loads((tmp_path / "model" / "moved.json").read_text())
     assert moved["steps"] == 3 and 0 < moved["layers"]["block_0/pretrained"]["relative"] < 0.1
+    assert moved["features"]["order_before"] == 0.0 < moved["features"]["order_now"]
+    assert 0.5 < moved["features"]["clips"] < 1.0
     assert moved["layers"]["block_0/new"]["relative"] is None and moved["layers"]["block_0/new"]["distance"] > 0
     logs = next(out.rglob("metrics.csv"))
     rows = list(csv.DictReader(logs.open()))

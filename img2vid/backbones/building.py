@@ -13,6 +13,7 @@ from torch import nn
 
 from img2vid.config import shown
 from img2vid.errors import BackboneError, Img2VidError
+from img2vid.weightindex import bytes_of
 
 log = logging.getLogger("img2vid")  # commands show it
 
@@ -41,7 +42,7 @@ def say_loading(name: str, model: nn.Module, weights: str | Path | None, random_
     """Announce what is about to take its time, with its size. ``model`` may be on the meta device."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     if weights is not None:
-        size = f", {os.path.getsize(weights) / 1e6:,.0f} MB" if os.path.isfile(weights) else ""
+        size = f", {bytes_of(Path(weights)) / 1e6:,.0f} MB" if os.path.isfile(weights) else ""
         source = f"from {weights}{size}"
     else:
         source = "with random weights" if random_weights else "from its library's cache, or downloading it"

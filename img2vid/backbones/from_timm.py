@@ -54,7 +54,9 @@ def load_timm(
     Args:
         name: architecture and tag.
         weights: local file, or folder of transformers, instead of timm's pretrained weights; timm's own filter for the
-            architecture reads foreign layouts (DINOv2, MAE, OpenAI CLIP, ...), then every key is accounted for.
+            architecture reads foreign layouts (DINOv2, MAE, OpenAI CLIP, ...), then every key is accounted for. A file
+            whose patch grid is not square does not say so: give the size it was trained at as
+            ``arguments["img_size"]``.
         random_weights: no weights at all.
         image_size: pixels (height, width); position embeddings are resampled.
         arguments: further keyword arguments of ``timm.create_model``, such as ``drop_path_rate``; and ``norm_eps``
@@ -92,11 +94,19 @@ def load_timm(
         source = None
         set_norm_eps(model, norm_eps)
         set_activation(model, activation)
-        set_image_size(model, image_size)  # first, so that a file of that size goes in as it is
+        size_of_file = describe_timm(model).image_size if weights is not None and "img_size" in described else None
+        if size_of_file is None:
+            set_image_size(model, image_size)  # first, so that a file of that size goes in as it is
         if weights is not None:
             report, learned = load_file(model, weights)
             described.update(learned)
             source = f"the file {Path(weights).name}"
+        if size_of_file is not None:  # the factory was told at which size the file was trained
+            set_image_size(model, image_size)
+            new = describe_timm(model).image_size
+            if new != size_of_file:
+                sizes = " to ".join(f"{height} x {width}" for height, width in (size_of_file, new))
+                report.resampled.append(f"positions (images of {sizes} pixels)")
     return Backbone(model.eval(), describe_timm(model), str(name), described, source, report)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from img2vid.backbones.tower import Preprocess
 from img2vid.errors import WeightsError
-from img2vid.weights import in_a_row, read_state_dict
+from img2vid.weightindex import SUFFIX
+from img2vid.weights import read_state_dict
 
 CONFIG, PIXELS = "config.json", "preprocessor_config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")  # transformers' own names, the better one first
@@ -41,24 +42,9 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     for name in FILES:
         if (folder / name).is_file():
             return read_state_dict(folder / name)
-        index = read_json(folder / f"{name}.index.json")
-        if index is not None:
-            return read_shards(folder, f"{name}.index.json", index)
+        if (folder / f"{name}{SUFFIX}").is_file():
+            return read_state_dict(folder / f"{name}{SUFFIX}")
     raise WeightsError(f"{folder} holds no weights: expected {' or '.join(FILES)}, or the index of several files.")
-
-
-def read_shards(folder: Path, name: str, index: dict[str, Any]) -> dict[str, Tensor]:
-    home = index.get("weight_map")
-    files = list(home.values()) if isinstance(home, dict) else [None]
-    if not all(isinstance(file, str) and Path(file).name == file for file in files):
-        raise WeightsError(f"{folder / name} is no index of weights: expected weight_map, names of files by key.")
-    state: dict[str, Tensor] = {}
-    for file in sorted(set(files)):
-        state.update(read_state_dict(folder / file))
-    missing = sorted(home.keys() - state.keys())
-    if missing:
-        raise WeightsError(f"{folder / name} promises keys that its files do not hold: {in_a_row(missing)}.")
-    return state
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from img2vid.backbones.activations import activations_of, set_activation
 from img2vid.backbones.building import set_norm_eps
-from img2vid.backbones.image_files import read_image_file
+from img2vid.backbones.image_files import ImageFile, read_image_file
 from img2vid.errors import WeightsError
 from img2vid.weights import LoadReport, in_a_row, load_weights, short
 
@@ -41,15 +41,39 @@ def load_file(model: nn.Module, path: str | Path) -> tuple[LoadReport, dict[str,
         WeightsError: it cannot be read, is of another architecture or patch size, or its keys do not fit.
     """
     file = read_image_file(path)
-    state, resampled, left_out = to_timm_layout(model, file.state, str(path))
+    try:
+        state, resampled, left_out = to_timm_layout(model, file.state, str(path))
+        check_heads(model, file, path)
+        report = load_weights(model, state, allow_dropped=[*CLASSIFIER_KEYS, *DECODER_KEYS], source=str(path))
+    except WeightsError as error:
+        if not (hint := grid_hint(model, file.state)):
+            raise
+        raise WeightsError(f"{error} {hint}") from error
+    report.resampled, report.notes = resampled, file.notes
+    if left_out:
+        report.notes.append(f"Merged into others or left out by timm's reader: {in_a_row(left_out)}.")
+    rows, columns = grid_of(model) or (0, 0)
+    if rows != columns and "pos_embed" in report.loaded and not resampled:
+        report.notes.append(
+            f"pos_embed was taken for a grid of {rows} rows x {columns} columns, which a file does not say: one of "
+            f"{columns} x {rows} would have fitted too."
+        )
+    return report, take_function(model, file, report)
+
+
+def check_heads(model: nn.Module, file: ImageFile, path: str | Path) -> None:
     blocks = list(getattr(model, "blocks", ()))
     heads = next((block.attn.num_heads for block in blocks if hasattr(getattr(block, "attn", None), "num_heads")), None)
     if file.num_heads is not None and heads not in (None, file.num_heads):
         raise WeightsError(f"{path} has {file.num_heads} attention heads, the model built here {heads}.")
-    report = load_weights(model, state, allow_dropped=[*CLASSIFIER_KEYS, *DECODER_KEYS], source=str(path))
-    report.resampled, report.notes = resampled, file.notes
-    if left_out:
-        report.notes.append(f"Merged into others or left out by timm's reader: {in_a_row(left_out)}.")
+
+
+def take_function(model: nn.Module, file: ImageFile, report: LoadReport) -> dict[str, Any]:
+    """Give the model what the file says beyond weights: pixels, activation, norms. What was changed is in ``report``.
+
+    Returns:
+        The arguments that build such a model.
+    """
     if file.pixels is not None:
         model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **vars(file.pixels)}
     learned: dict[str, Any] = {}
@@ -64,11 +88,32 @@ def load_file(model: nn.Module, path: str | Path) -> tuple[LoadReport, dict[str,
         set_norm_eps(model, file.norm_eps)
         learned["norm_eps"] = file.norm_eps
         report.notes.append(f"Its norms add {file.norm_eps} to a variance, and so does the model now.")
-    return report, learned
+    return learned
 
 
 def norm_eps_of(model: nn.Module) -> set[float]:
     return {module.eps for module in model.modules() if isinstance(getattr(module, "eps", None), float)}
+
+
+def grid_of(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of patches that a learned position table of the model stands for."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return tuple(grid) if grid is not None and isinstance(getattr(model, "pos_embed", None), Tensor) else None
+
+
+def grid_hint(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What to do where a table is no square, for which timm takes every one of another size."""
+    given, grid = state.get("pos_embed"), grid_of(model)
+    if given is None or grid is None or given.ndim != 3:
+        return ""
+    entries = given.shape[1] - (model.pos_embed.shape[1] - math.prod(grid))
+    if math.isqrt(max(entries, 0)) ** 2 == entries:
+        return ""
+    return (
+        f"Its pos_embed is a table of {entries} patches, no square, and the model's grid {grid[0]} x {grid[1]}. Say "
+        "at which size (height, width) it was trained, backbone_args={'img_size': (256, 128)} or --backbone-args "
+        "'{\"img_size\": [256, 128]}'; image_size stays the size you want."
+    )
 
 
 def to_timm_layout(

@@ -13,15 +13,20 @@ from img2vid.guarantees import Guarantee
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
     from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.movement import Movement
 
 
 def model_card(
-    model: VideoModel | VideoTextModel, certificate: Certificate | None, state: Mapping[str, Tensor] | None = None
+    model: VideoModel | VideoTextModel,
+    certificate: Certificate | None,
+    state: Mapping[str, Tensor] | None = None,
+    movement: Movement | None = None,
 ) -> str:
     """Markdown with the hub's front matter: what it was made from, how, what was proven, and how to run it.
 
     Args:
         state: the weights, where the model holds only its share of them; None for the model's own.
+        movement: how far training moved it.
     """
     zeros = model.zero_parameters()
     values = zeros if state is None else state
@@ -50,6 +55,7 @@ def model_card(
         if certificate is not None
         else "No certificate was made when this was saved. Run `img2vid certify FOLDER`."
     )
+    trained = f"\n\n{movement}" if movement is not None else ""
     return f"""---
 library_name: img2vid
 pipeline_tag: {"zero-shot-image-classification" if has_text else "video-classification"}
@@ -62,7 +68,7 @@ tags:
 
 A {kind} made from **{source}** by img2vid {__version__}. {origin_of_weights(video)}
 
-{step_zero(video, moved)}
+{step_zero(video, moved)}{trained}
 
 | setting | value |
 |---|---|

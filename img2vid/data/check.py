@@ -12,10 +12,12 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -110,7 +112,8 @@ def in_processes(work: Callable, items: Iterable, arguments: tuple, num_workers:
     left, spawn = dict(enumerate(items)), get_context("spawn")  # a forked child of a threaded process can deadlock
     pool = ProcessPoolExecutor(min(num_workers or os.cpu_count() or 1, len(left)), spawn, finish_what_was_begun)
     try:
-        futures = {pool.submit(work, item, *arguments): number for number, item in left.items()}
+        with interrupts_later():
+            futures = {pool.submit(work, item, *arguments): number for number, item in left.items()}
         for future in as_completed(futures):
             result = future.result()
             del left[futures[future]]
@@ -125,7 +128,9 @@ def in_processes(work: Callable, items: Iterable, arguments: tuple, num_workers:
             for number in list(left):
                 item = left.pop(number)
                 try:
-                    result = pool.submit(work, item, *arguments).result()
+                    with interrupts_later():
+                        future = pool.submit(work, item, *arguments)
+                    result = future.result()
                 except BrokenProcessPool:
                     result = VideoError.about(str(getattr(item, "path", item)), "reading it killed the process")
                 on_progress()
@@ -137,6 +142,29 @@ def in_processes(work: Callable, items: Iterable, arguments: tuple, num_workers:
 def finish_what_was_begun() -> None:
     """Ctrl-C reaches every process of a command; only the one that was started by hand should act on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def interrupts_later() -> Iterator[None]:
+    """A Ctrl-C that comes inside takes effect at the end: a pool that is half started cannot be shut down.
+
+    Processes started inside have SIGINT blocked, so that it does not end them before they can say that they ignore it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no other gets to handle signals
+        yield
+        return
+    came = []
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if can_block else None
+    try:
+        yield
+    finally:
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def write_quarantine(findings: Iterable[Finding], path: Path) -> None:

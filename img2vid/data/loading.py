@@ -10,6 +10,7 @@ Both samplers are DistributedSamplers, so that Lightning tells them the epoch an
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -56,6 +57,11 @@ class EvalSampler(DistributedSampler):
 
     def __len__(self) -> int:
         return len(range(self.rank, self.rows, self.num_replicas))
+
+    def num_batches(self, batch_size: int) -> tuple[int, int]:
+        """Of the process that has the fewest, and of that with the most."""
+        fewest, most = self.rows // self.num_replicas, -(-self.rows // self.num_replicas)
+        return -(-fewest // batch_size), -(-most // batch_size)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rank, self.rows, self.num_replicas))
@@ -105,9 +111,19 @@ def refuse_another_plan(saved: dict, plan: dict, batches: int) -> None:
         )
 
 
-def one_thread(worker_id: int) -> None:
-    """Workers are the parallelism; threads inside them would only get in each other's way."""
+GRACE_SECONDS = 20
+
+
+def begin_worker(worker_id: int) -> None:
+    """Workers are the parallelism, threads inside them would be in each other's way; and they end after their parent.
+
+    Schedulers and terminals send signals to all processes of a job. A worker that died of one would take the step from
+    its parent that the parent is about to finish. So Ctrl-C is the parent's matter, and SIGTERM gives it some time.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
 def worker_options(num_workers: int, timeout_seconds: float, start_method: str | None = None) -> dict:
@@ -117,7 +133,7 @@ def worker_options(num_workers: int, timeout_seconds: float, start_method: str |
     return {
         "num_workers": num_workers,
         "timeout": timeout_seconds,
-        "worker_init_fn": one_thread,
+        "worker_init_fn": begin_worker,
         "persistent_workers": True,
         "multiprocessing_context": start_method,
     }

@@ -67,7 +67,7 @@ def write_shards(rows: Sequence[Row], folder, videos_per_shard: int) -> list[Pat
 
 
 class ShardedVideos(IterableDataset):
-    """Clips streamed from webdataset shards; the items of a `VideoDataset` in training, without index and position.
+    """Clips streamed from webdataset shards; the items of a `VideoDataset` in training, without index.
 
     shards: paths of tars. samples_per_epoch: over all processes; each takes its equal share.
     rank, world_size: of this process. shuffle_buffer: how many samples wait to be drawn from at random.
@@ -114,17 +114,21 @@ class ShardedVideos(IterableDataset):
         stream = self.rank * workers + number  # a different order in every worker of every process
         seed = draw_seed(self.seed, self.epoch, stream)
         # Batches come from the workers in turn, so what each had made is known; it is read again, but not decoded.
-        skipped = len(range(number, self.batches_given, workers)) * self.batch_size
-        done = bad = 0
-        for sample in self._samples(seed):
-            if done == mine:
-                return
-            if done < skipped:
-                done += 1
+        begin = len(range(number, self.batches_given, workers)) * self.batch_size
+        # Item k is made of sample k, or, if that is bad, of the next good one (which also makes its own): so it follows
+        # from k alone, wherever the stream was resumed.
+        waiting, bad = [], 0
+        for k, sample in enumerate(self._samples(seed)):
+            if k < begin:
                 continue
+            if k >= mine and (not waiting or waiting[0] >= mine):
+                return
+            waiting.append(k)
             try:
-                yield self._item(sample, draw_seed(seed, self.epoch, done))
-                done += 1
+                while waiting and waiting[0] < mine:
+                    item = self._item(sample, draw_seed(seed, self.epoch, waiting[0]))
+                    position = waiting.pop(0) * self.world_size * workers + stream
+                    yield {**item, "epoch": self.epoch, "position": position}
             except (VideoError, ValueError) as error:
                 bad += 1
                 if bad > self.max_bad_videos:
@@ -204,7 +208,7 @@ class ShardLoader(DataLoader):
         return {"epoch": self.dataset.epoch, "batches": self.batches, **self._plan()}
 
     def load_state_dict(self, state: dict) -> None:
-        """The next batch is the one that would have come, unless bad videos were skipped before it (then it is later).
+        """The next batch is the one that would have come.
 
         Raises ValueError if an epoch was begun under other circumstances (`refuse_another_plan`).
         """

@@ -2,9 +2,11 @@
 
     img2vid plot attention --model FOLDER --video video.mp4 --out attention.png
 
-spatial      the last block: how much the class token (without one: the average patch) attends to each patch
-temporal     the last block with a branch along time: how much the other frames attend to each place of a frame
-rollout      both, followed from the clip feature back through all blocks (Abnar and Zuidema 2020, arXiv:2005.00928)
+spatial      the last block: how much the tokens that the model's pooling reads attend to each patch
+temporal     the last attention along time: how much the other frames attend to each place of a frame
+rollout      all blocks, followed from the clip feature back to the patches (Abnar and Zuidema 2020, arXiv:2005.00928)
+
+The weights are those of the forward pass itself (``img2vid.evaluation.capture``).
 
 differs from the paper: a temporal branch counts as much as it adds to the stream (branch-to-residual ratio), not one
 half. Behind a gate at zero it counts nothing, and the rollout is the image model's.
@@ -13,182 +15,208 @@ half. Behind a gate at zero it counts nothing, and the rollout is the image mode
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import img2vid
-from img2vid.backbones.reading import block_kind, read_block
+from img2vid.backbones.reading import read_block
 from img2vid.checkpoints.native import load
 from img2vid.data.transforms import TestTransform
+from img2vid.evaluation.capture import Captured, Layer, capturing
 from img2vid.evaluation.conditions import video_part
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evaluation.layers import branch_ratios
 from img2vid.evaluation.reading import input_spec
 from img2vid.evidence import in_eval_mode
-from img2vid.temporal.block import SpaceTimeBlock
+from img2vid.temporal.infront import own_class
+
+# what is done to the weights after the softmax, so that they no longer say where the output comes from
+NOT_SHARES = {
+    "differential softmax": "it subtracts one softmax from another",
+    "talking-heads mixing": "it mixes its heads after the softmax, with weights of either sign",
+}
 
 
 @dataclass
 class Attention:
-    """Maps of one clip, (T, h, w) over its patches. ``temporal`` is None where no block attends along time."""
+    """Maps of one clip, (T, h, w) over its patches; T counts tubelets where frames are grouped.
 
-    spatial: Tensor
+    ``temporal`` and ``frame_to_frame`` are None where no frame attends to another one; ``spatial`` and ``rollout`` are
+    None where the backbone's attention is no share of its keys, and ``refused`` says why.
+    """
+
+    spatial: Tensor | None
     temporal: Tensor | None
-    rollout: Tensor
+    rollout: Tensor | None
     frame_to_frame: Tensor | None  # (T, T): mean over places of the temporal attention, rows sum to 1
+    refused: str | None = None
 
     def rows(self) -> dict[str, Tensor]:
         maps = {"spatial": self.spatial, "temporal": self.temporal, "rollout": self.rollout}
-        return {name: m.numpy() for name, m in maps.items() if m is not None}
+        return {name: m for name, m in maps.items() if m is not None}
 
 
-@torch.no_grad()
 def attention_maps(model, clip: Tensor) -> Attention:
     """Attention of one normalised clip (1, T, C, H, W).
 
     Raises:
-        EvaluationError: attention that softmax(scale q k) alone does not describe (rotary codes, biases, all frames at
-            once), so that a recomputed map would be another one than the model's.
+        EvaluationError: more clips than one; tokens that are no grid of patches.
     """
     video = video_part(model)
-    refuse_other_attention(video)
-    blocks = [block for _, block in video.tower.blocks]
-    with in_eval_mode(model), seen(blocks) as inputs:
+    if clip.ndim != 5 or len(clip) != 1:
+        raise EvaluationError(f"Expected one clip (1, T, C, H, W), given {tuple(clip.shape)}.")
+    with in_eval_mode(model), capturing(video) as found:
         video.frame_features(clip)
-    ratios = {entry["layer"]: entry["branch_to_residual"] for entry in branch_ratios(model, [clip])}
-    num_steps = clip.shape[1] // video.config.tubelet_size
-    num_prefix = video.tower.num_prefix_tokens
-    height, width = (n // p for n, p in zip(clip.shape[-2:], video.tower.patch_size, strict=True))
+    tokens = Tokens.of(video, clip, found)
+    refused = why_no_shares(video, found)
+    spatial = rollout = None
+    if refused is None:
+        read = reading(found, tokens)
+        spatial = tokens.grid(through(read, found.blocks[-1], tokens))
+        rollout = tokens.grid(roll_back(read, found, tokens))
+    temporal, frame_to_frame = None, None
+    if tokens.num_steps > 1:
+        temporal, frame_to_frame = along_time(found, tokens)
+    return Attention(spatial, temporal, rollout, frame_to_frame, refused)
 
-    spatial, temporal = [], []
-    for block, (x, y) in zip(blocks, inputs, strict=True):
-        spatial.append(softmax_attention(read_block(block), x))  # (T, S, S)
-        branch = block.temporal_attn if y is not None else None
-        temporal.append(None if y is None else softmax_attention(branch, y.transpose(0, 1)))  # (S', T, T)
 
-    # from the clip feature back: how much of it comes from each token, (T, S)
-    share = torch.zeros(spatial[0].shape[:2])
-    query = slice(0, 1) if num_prefix else slice(None)
-    share[:, query] = 1.0
-    share /= share.sum()
-    for (name, _), across, along in reversed(list(zip(video.tower.blocks, spatial, temporal, strict=True))):
-        share = 0.5 * share + 0.5 * torch.einsum("ti,tij->tj", share, across)
-        if along is not None:
-            first = share.shape[1] - along.shape[0]  # tokens of the whole clip do not attend along time
-            moved = torch.einsum("ts,stu->us", share[:, first:], along)
-            share[:, first:] = (share[:, first:] + ratios[name] * moved) / (1 + ratios[name])
+@dataclass
+class Tokens:
+    """How the tokens of a clip lie: T steps of P prefix tokens and h x w patches. Shares of them are (T, P + h * w)."""
 
-    def grid(values: Tensor) -> Tensor:  # (T, P + N) -> (T, h, w)
-        return values[:, -height * width :].unflatten(1, (height, width))
+    num_steps: int
+    num_prefix: int
+    height: int
+    width: int
+    attention: str
+    prefix_mode: str
 
-    last = next((a for a in reversed(temporal) if a is not None), None)
-    return Attention(
-        spatial=grid(spatial[-1][:, query].mean(1)),
-        temporal=None if last is None or num_steps == 1 else grid(received(last)),
-        rollout=grid(share),
-        frame_to_frame=None if last is None else last[-height * width :].mean(0),
-    )
+    @classmethod
+    def of(cls, video, clip: Tensor, found: Captured) -> Tokens:
+        pixels, patches = clip.shape[-2:], video.tower.patch_size
+        height, width = (-(-n // p) if video.tower.pads else n // p for n, p in zip(pixels, patches, strict=True))
+        num_prefix, num_tokens = video.tower.num_prefix_tokens, found.reads.shape[1]
+        if num_prefix + height * width != num_tokens:
+            raise EvaluationError(
+                f"This model's {num_tokens} tokens are no grid of {height} x {width} patches and {num_prefix} others, "
+                "so its attention cannot be drawn on frames."
+            )
+        config = video.config
+        return cls(len(found.reads), num_prefix, height, width, config.attention, config.prefix_mode)
+
+    def grid(self, shares: Tensor) -> Tensor:
+        """(T, P + N) -> (T, h, w)."""
+        return shares[:, self.num_prefix :].unflatten(1, (self.height, self.width))
+
+    @property
+    def num_shared(self) -> int:
+        """Prefix tokens that belong to the clip; every frame has an equal copy."""
+        return 0 if self.prefix_mode == "per_frame" else self.num_prefix
+
+    def as_sequence(self, shares: Tensor) -> Tensor:
+        """(T, P + N) -> the row of tokens that attention over all frames sees; copies of a token are one."""
+        shared, own = shares[:, : self.num_shared], shares[:, self.num_shared :]
+        return torch.cat([shared.sum(0), own.flatten()])
+
+    def as_frames(self, sequence: Tensor) -> Tensor:
+        """The opposite of ``as_sequence``: what the clip's token has is spread over its copies."""
+        shared, own = sequence[: self.num_shared], sequence[self.num_shared :]
+        return torch.cat([(shared / self.num_steps).expand(self.num_steps, -1), own.view(self.num_steps, -1)], dim=1)
+
+
+def why_no_shares(video, found: Captured) -> str | None:
+    block = video.tower.blocks[-1][1]
+    name, parts = own_class(block).__name__, read_block(block).left_behind
+    for part in parts:
+        if part in NOT_SHARES:
+            return f"attention of {name} is no share of its keys: {NOT_SHARES[part]}"
+    if not all(layer.attention for layer in found.blocks):
+        return f"attention of {name} does not end in a softmax that can be seen"
+    return None
+
+
+def reading(found: Captured, tokens: Tokens) -> Tensor:
+    """Which tokens of the last block each frame's feature is made of, (T, P + N); rows sum to 1.
+
+    An attention pool tells by its weights; of a class token, a mean or a maximum, those that the feature depends on
+    count alike.
+    """
+    reads = found.reads.float()  # (T, P + N)
+    chain = None
+    for weights in reversed(found.pooling):  # the first query of the last pool, and through the pools before it
+        if chain is None:
+            chain = weights[:, 0]
+        elif weights.shape[1] == chain.shape[1]:
+            chain = torch.einsum("tq,tqk->tk", chain, weights)
+    if chain is not None and 0 <= (before := reads.shape[1] - chain.shape[1]) <= tokens.num_prefix:
+        reads = torch.nn.functional.pad(chain, (before, 0))
+    return reads / reads.sum(1, keepdim=True)
+
+
+def through(shares: Tensor, layer: Layer, tokens: Tokens) -> Tensor:
+    """Shares of a block's outputs -> of its inputs, (T, P + N), by its attention alone."""
+    if tokens.attention == "joint_space_time":
+        across = torch.stack(layer.attention).mean(0)[0]  # (P + T*N, P + T*N)
+        return tokens.as_frames(tokens.as_sequence(shares) @ across)
+    num_shared = tokens.num_shared
+    within, of_clip = layer.attention, None
+    if tokens.prefix_mode == "global" and num_shared:
+        *within, of_clip = within  # the clip's tokens ask once more, all frames: (1, P, P + T*N)
+    across = torch.stack(within).mean(0)  # (T, P + N, P + N); several where attentions run in parallel
+    if not num_shared:
+        return torch.einsum("ts,tsu->tu", shares, across)
+    own, asked = shares.clone(), shares[:, :num_shared].mean(0)  # copies are made equal after attention
+    own[:, :num_shared] = 0.0 if of_clip is not None else asked
+    back = torch.einsum("ts,tsu->tu", own, across)
+    if of_clip is not None:
+        back = back + tokens.as_frames(tokens.num_steps * asked @ of_clip[0])
+    return back
+
+
+def roll_back(read: Tensor, found: Captured, tokens: Tokens) -> Tensor:
+    """How much of the clip feature comes from each token that enters the first block, (T, P + N); sums to 1."""
+    frames = torch.full((1, tokens.num_steps), 1 / tokens.num_steps)  # the clip feature is their mean
+    for layer in reversed(found.encoder):
+        frames = (frames + layer.ratio * frames @ layer.temporal[0, 0]) / (1 + layer.ratio)
+    shares = frames.T * read
+    for layer in reversed(found.blocks):
+        shares = 0.5 * shares + 0.5 * through(shares, layer, tokens)
+        if layer.temporal is not None:
+            along = layer.temporal[0]  # (S, T, T)
+            first = shares.shape[1] - len(along)  # tokens of the whole clip do not attend along time
+            moved = torch.einsum("ts,stu->us", shares[:, first:], along)
+            shares[:, first:] = (shares[:, first:] + layer.ratio * moved) / (1 + layer.ratio)
+    return shares
+
+
+def along_time(found: Captured, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
+    """What other frames attend to (T, h, w), and frame to frame (T, T), by the last attention that sees several."""
+    steps, num_patches = tokens.num_steps, tokens.height * tokens.width
+    if tokens.attention == "joint_space_time":
+        if not found.blocks[-1].attention:
+            return None, None
+        across = torch.stack(found.blocks[-1].attention).mean(0)[0, tokens.num_shared :, tokens.num_shared :]
+        across = across.view(steps, -1, steps, across.shape[0] // steps)[..., -num_patches:]
+        across = across[:, -num_patches:].mean(1)  # (T, T, N): patches of a frame, to each patch
+        pairs = across.sum(-1)
+        return received(across).unflatten(1, (tokens.height, tokens.width)), pairs / pairs.sum(1, keepdim=True)
+    if found.encoder:  # one token for each frame
+        pairs = found.encoder[-1].temporal[0, 0]
+        return received(pairs[..., None])[..., None].expand(-1, tokens.height, tokens.width), pairs
+    last = next((layer.temporal[0] for layer in reversed(found.blocks) if layer.temporal is not None), None)
+    if last is None:
+        return None, None
+    last = last[-num_patches:]  # (N, T, T)
+    return received(last.permute(1, 2, 0)).unflatten(1, (tokens.height, tokens.width)), last.mean(0)
 
 
 def received(attention: Tensor) -> Tensor:
-    """Attention along time (S, T, T) -> what each frame gets from the other frames at each place, (T, S)."""
-    others = 1 - torch.eye(attention.shape[1])
-    return (attention * others).sum(1).T / others.sum(0).clamp(min=1)[:, None]
-
-
-def softmax_attention(attention, x: Tensor) -> Tensor:
-    """Tokens (B, S, D) as attention sees them -> its map (B, S, S), mean over heads; rows sum to 1.
-
-    Args:
-        attention: a SpatialAttention, or a TemporalAttention of ours.
-    """
-    if isinstance(attention, nn.Module):
-        weight, bias = attention.qkv.weight, attention.qkv.bias
-    else:
-        weight, bias = attention.qkv_weight, attention.qkv_bias
-    heads = (3, attention.num_heads, attention.head_dim)
-    q, k, _ = nn.functional.linear(x, weight, bias).unflatten(-1, heads).permute(2, 0, 3, 1, 4)  # (B, H, S, head_dim)
-    q = q if attention.q_norm is None else attention.q_norm(q)
-    k = k if attention.k_norm is None else attention.k_norm(k)
-    return (attention.scale * q @ k.transpose(-2, -1)).float().softmax(-1).mean(1).cpu()
-
-
-@contextmanager
-def seen(blocks: Sequence[nn.Module]) -> Iterator[list[list[Tensor | None]]]:
-    """Inside, forward passes note what each block's attentions get: [spatial (B*T, S, D), temporal or None]."""
-    inputs: list[list[Tensor | None]] = [[None, None] for _ in blocks]
-
-    def note(place: list, index: int):
-        return lambda module, args, out: place.__setitem__(index, out)
-
-    hooks = []
-    for block, place in zip(blocks, inputs, strict=True):
-        hooks.append(read_block(block).norm.register_forward_hook(note(place, 0)))
-        if isinstance(block, SpaceTimeBlock):
-            hooks.append(block.temporal_norm1.register_forward_hook(note(place, 1)))
-    try:
-        yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def refuse_other_attention(video) -> None:
-    block = video.tower.blocks[0][1]
-    kind, left_behind = block_kind(block), read_block(block).left_behind
-    why = None
-    if video.config.attention == "joint_space_time" or video.config.prefix_mode == "global":
-        why = f"attention={video.config.attention!r} with prefix_mode={video.config.prefix_mode!r} looks at all frames"
-    elif kind.rotary or "rotary" in video.tower.position or kind.relative or kind.post_norm or not kind.attn:
-        why = f"{type(block).__name__} has positions or an order of its own in its attention"
-    elif left_behind:
-        why = f"{type(block).__name__} has {', '.join(left_behind)}"
-    if why is not None:
-        raise EvaluationError(f"Attention maps are recomputed from queries and keys, which is not this model's: {why}.")
-
-
-def dot_seeker(num_frames: int) -> tuple[nn.Module, Tensor, list[tuple[int, int]]]:
-    """For the self-test: a model made to attend to what is bright, a clip with a moving dot, and where the dot is.
-
-    The model sees 8 x 8 patches of 4 pixels. Its first channel is brightness, every query asks for it, and nothing is
-    added to the stream.
-    """
-    vit = timm.models.vision_transformer.VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=16, depth=2, num_heads=1, num_classes=0
-    )
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.zero_()
-        vit.patch_embed.proj.weight[0] = 1.0
-        vit.patch_embed.proj.bias[1] = vit.cls_token[..., 1] = 1.0
-        for block in vit.blocks:
-            block.norm1.weight.fill_(1.0)
-            block.attn.qkv.bias[0] = 8.0  # the query
-            block.attn.qkv.weight[16, 0] = 1.0  # the key
-        vit.norm.weight.fill_(1.0)
-    places = [(1 + t % 6, (2 * t + 4) % 8) for t in range(num_frames)]  # (row, column), off the diagonal
-    clip = torch.zeros(1, num_frames, 3, 32, 32)
-    for t, (row, column) in enumerate(places):
-        clip[0, t, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 1.0
-    return img2vid.convert(vit, num_frames=num_frames), clip, places
-
-
-def self_test(num_frames: int = 5) -> bool:
-    """Whether a planted moving dot lights up where and when it is, in the spatial map and in the rollout."""
-    model, clip, places = dot_seeker(num_frames)
-    maps = attention_maps(model, clip)
-    return all(brightest(m) == places for m in (maps.spatial, maps.rollout))
-
-
-def brightest(maps: Tensor) -> list[tuple[int, int]]:
-    """(row, column) of the largest value of each frame's map."""
-    return [divmod(int(m.argmax()), m.shape[-1]) for m in maps]
+    """Attention of frames to frames at each place (T, T, N) -> what each gets from the others, on average, (T, N)."""
+    steps = len(attention)
+    return (attention * (1 - torch.eye(steps))[..., None]).sum(0) / (steps - 1)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -200,6 +228,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--self-test", action="store_true", help="plant a moving dot and see that it lights up")
     options = parser.parse_args(argv)
     if options.self_test:
+        from img2vid.evaluation.dot import self_test
+
         lit = self_test()
         print("a planted moving dot lights up where it is" if lit else "FAILED: the planted dot does not light up")
         return 0 if lit else 1
@@ -211,7 +241,12 @@ def main(argv: Sequence[str]) -> int:
     pixels = img2vid.read_clip(options.video, num_frames=options.num_frames or model.config.num_frames)
     pixels = TestTransform(input_spec(model))(pixels)[0]  # (T, C, size, size)
     maps = attention_maps(model, model.normalize(pixels[None]).to(next(model.parameters()).dtype))
+    if maps.refused:
+        print(f"not drawn: spatial, rollout ({maps.refused})")
+    if not maps.rows():
+        raise EvaluationError("There is nothing to draw: no frame of this clip attends to another one either.")
     size = video_part(model).config.tubelet_size
     frames = pixels[size // 2 :: size].permute(0, 2, 3, 1).numpy()
-    print(f"wrote {save(attention_figure(frames, maps.rows(), Path(options.video).name), options.out)}")
+    figure = attention_figure(frames, maps.rows(), maps.frame_to_frame, Path(options.video).name)
+    print(f"wrote {save(figure, options.out)}")
     return 0

@@ -23,7 +23,7 @@ from img2vid.evaluation.protocols import Lists, Round
 from img2vid.evaluation.reading import Videos, Views, input_spec
 from img2vid.evaluation.results import write_result
 from img2vid.evaluation.scores import FUSIONS
-from img2vid.evaluation.tables import counted, honesty_table, protocol_line, show
+from img2vid.evaluation.tables import show
 from img2vid.evaluation.zero_shot import Question, labelled_rows
 
 PANEL = ("model", "shuffled", "reversed", "static", "half", "frame_mean")
@@ -63,7 +63,7 @@ def honesty(
     scored = question.scored(model, features)
     result = question.describe("honesty", model, source, features, compute, conditions)
     result["protocol"] |= {"name": "honesty", "seed": seed}
-    result["metrics"] = {}
+    result["metrics"], result["confusion"] = {}, {}  # confusion: what each class is taken for under each condition
     as_is = scored["model"].predicted(everything)
     labels, right = scored["model"].labels(everything), scored["model"].right(everything)
     for name, s in scored.items():
@@ -73,6 +73,7 @@ def honesty(
             "lost": metrics.difference(right, s.right(everything), labels, seed),
             "changed": metrics.share(changed, seed),
         }
+        result["confusion"][name] = metrics.confusion(s.predicted(everything), labels, len(question.names))
     result["layers"] = measure_layers(model, videos, views, features.rows[:LAYER_CLIPS], compute)
     return result
 
@@ -109,5 +110,5 @@ def main(argv: Sequence[str]) -> int:
         if not options.no_picture:
             picture = save(honesty_figure(result), written.with_suffix(".png"))
             written = f"{written} and {picture}"
-        show(honesty_table(result), counted(result["data"]), protocol_line(result["protocol"]), written)
+        show(result, written)
     return 0

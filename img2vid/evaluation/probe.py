@@ -29,7 +29,7 @@ from img2vid.evaluation.features import Compute, Features, extract
 from img2vid.evaluation.processes import Processes, processes
 from img2vid.evaluation.reading import Views, identity
 from img2vid.evaluation.results import describe_data, describe_run, write_result
-from img2vid.evaluation.tables import counted, probe_table, protocol_line, show
+from img2vid.evaluation.tables import counted, show
 
 KINDS = ("linear", "knn", "attentive")
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -221,5 +221,5 @@ def main(argv: Sequence[str]) -> int:
         learned = f"learned from {counted(result['train'])}"
         if result["data"]["also_in_train"]:
             learned += f"; {result['data']['also_in_train']} test videos are among the training videos"
-        show(probe_table(result), counted(result["data"]), learned, protocol_line(result["protocol"]), options.out)
+        show(result, options.out, learned)
     return 0

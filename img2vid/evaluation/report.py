@@ -16,71 +16,74 @@ from pathlib import Path
 
 from img2vid.data.manifest import numbered_records
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evaluation.features import write_whole
+from img2vid.evaluation.features import short_hash, write_whole
 from img2vid.evaluation.results import read_result
-from img2vid.evaluation.tables import LABELS, METRICS, counted, percent, protocol_line
+from img2vid.evaluation.tables import Sheet, counted, headline, percent, protocol_line, sheet_of
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: .5rem 0 1rem } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd }
-td:not(:first-child), th:not(:first-child) { text-align: right } img { max-width: 100% }
+table { border-collapse: collapse; margin: .5rem 0 1rem } img { max-width: 100% }
+td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums }
+td.name, th.name { text-align: left }
 .facts { color: #666; font-size: 13px } pre { font-size: 12px; overflow: auto; max-height: 24rem; background: #f6f6f6 }
 """
 
 
 def name_of(result: dict, path: str | Path) -> str:
-    return f"{result['task'].replace('_', '-')}: {Path(path).stem}"
+    """The file's name, with the task where that does not say it."""
+    task, stem = result["task"].replace("_", "-"), Path(path).stem
+    return stem if stem.replace("_", "-").startswith(task) else f"{stem} ({task})"
 
 
-def headline(result: dict) -> list[tuple[str, dict | None]]:
-    """The numbers of a result that stand in a comparison, by name."""
-    metrics, task = result["metrics"], result["task"]
-    if task in ("zero_shot", "classification"):
-        return [(f"top-1, {LABELS[name]}", of["summary"]["top1"]) for name, of in metrics.items() if name in LABELS]
-    if task == "honesty":
-        return [(f"top-1, {LABELS[name]}", of["top1"]) for name, of in metrics.items()]
-    if task == "retrieval":
-        return [
-            (f"R@1 {direction.replace('_', ' ')}, {LABELS[name]}", of[direction]["r1"])
-            for name, of in metrics.items()
-            for direction in ("text_to_video", "video_to_text")
-        ]
-    if task == "probe":
-        return [
-            (f"{kind}, {LABELS[name]}", found["top1"]) for kind, of in metrics.items() for name, found in of.items()
-        ]
-    raise EvaluationError(f"A result of task {task!r} is not known to this version.")
+# of a protocol: what changes speed, numbers by rounding at most, or what is said beside them
+HARMLESS = ("batch_size", "device", "conditions", "bootstrap", "frame_mean")
+
+
+def facts_of(result: dict) -> dict[str, str]:
+    """Everything that has to be the same for the numbers of two results to compare, as texts."""
+    data, protocol = result["data"], {k: v for k, v in result["protocol"].items() if k not in HARMLESS}
+    left_out = sorted(entry["video"] for kind in ("missing", "undecodable") for entry in data[kind])
+    facts = {"task": result["task"], "data list": data["hash"], "videos used": data["used"], "left out": left_out}
+    if "train" in result:
+        facts |= {"training list": result["train"]["hash"], "training videos used": result["train"]["used"]}
+    if "templates" in protocol:
+        templates = protocol.pop("templates")
+        facts["templates"] = f"{templates['name']} ({templates['hash'][:8]})"
+    rounds = protocol.pop("rounds", None)
+    if rounds is not None:  # by hash: a round may list hundreds of classes
+        facts["rounds"] = f"{len(rounds)} ({short_hash([[r['name'], r['classes']] for r in rounds])[:8]})"
+    for group in ("views", "input"):
+        facts |= protocol.pop(group, {})
+    facts["protocol"] = protocol.pop("name")
+    facts |= protocol
+    return {key: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for key, v in facts.items()}
 
 
 def differences(results: dict[str, dict]) -> list[str]:
     """What the protocols of several results do not share: numbers got differently do not compare."""
-    found, facts = [], {}
-    for name, result in results.items():
-        protocol = result["protocol"]
-        facts[name] = {
-            "data list": result["data"]["hash"],
-            "videos used": result["data"]["used"],
-            "views": json.dumps(protocol["views"], sort_keys=True),
-            "protocol": protocol["name"],
-            "fusion": protocol.get("fusion"),
-            "precision": protocol["precision"],
-            "templates": protocol.get("templates", {}).get("hash"),
-            "seed": protocol.get("seed"),
-        }
-    tasks = {result["task"] for result in results.values()}
-    if len(tasks) > 1:
-        return [f"tasks differ: {', '.join(sorted(tasks))}"]
-    for fact in next(iter(facts.values())):
-        if len({of[fact] for of in facts.values()}) > 1:
-            found.append(f"{fact} differ: " + "; ".join(f"{name}: {of[fact]}" for name, of in facts.items()))
+    of = {name: facts_of(result) for name, result in results.items()}
+    facts = dict.fromkeys(fact for known in of.values() for fact in known)
+    if len({known["task"] for known in of.values()}) > 1:  # then much else is another question
+        facts = [fact for fact in facts if fact != "protocol" and all(fact in known for known in of.values())]
+    found = []
+    for fact in facts:
+        names: dict[str, list[str]] = {}
+        for name, known in of.items():
+            names.setdefault(known.get(fact, "none"), []).append(name)
+        if len(names) > 1:
+            found.append(f"{fact} differs: " + "; ".join(f"{value} ({', '.join(who)})" for value, who in names.items()))
     return found
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+def table(sheet: Sheet) -> str:
+    names = [not header for header in sheet.header]  # columns that name the rows
 
-    return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+    def line(cells, tag):
+        kinds = [f"{tag} class=name" if is_name else tag for is_name in names]
+        cells = [f"<{kind}>{html.escape(str(cell))}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)]
+        return f"<tr>{''.join(cells)}</tr>"
+
+    return "<table>" + line(sheet.header, "th") + "".join(line(row, "td") for row in sheet.rows) + "</table>"
 
 
 def inline(figure, name: str) -> str:
@@ -98,17 +101,8 @@ def section(name: str, result: dict) -> str:
     facts = f"{counted(data)} of {data['list']} (hash {data['hash']}). {protocol_line(result['protocol'])}. "
     facts += f"Model {result['model']['folder']}, {result['model']['hash'][:12]}."
     parts.append(f'<p class="facts">{html.escape(facts)}</p>')
-    if result["task"] in ("zero_shot", "classification"):
-        rows = [
-            [LABELS[c], *(percent(of["summary"][m]) for m in METRICS)]
-            for c, of in result["metrics"].items()
-            if c in LABELS
-        ]
-        if "time_added" in result["metrics"]:
-            rows.append(["time added", percent(result["metrics"]["time_added"]["top1"]), "", "", ""])
-        parts.append(table(["%", *METRICS.values()], rows))
-    else:
-        parts.append(table(["", "%"], [[label, percent(found)] for label, found in headline(result)]))
+    sheet = sheet_of(result, brief=False)
+    parts.append(f"<p>{html.escape(sheet.title)}</p>{table(sheet)}")
     figure = plots.figure_of(result)
     if figure is not None:
         parts.append(inline(figure, name))
@@ -156,10 +150,13 @@ def plot_results(paths: Sequence[str], out: str | None) -> int:
         write_whole(out, report(results).encode())
     else:
         raise EvaluationError(f"--out {out}: expected a name that ends in .html or .png.")
+    width = max(len(label) for result in results.values() for label, _ in headline(result))
     for name, result in results.items():
-        print(name + ": " + ", ".join(f"{label} {percent(found)}" for label, found in headline(result)))
+        print(name)
+        for label, found in headline(result):
+            print(f"  {label:<{width}}  {percent(found)}")
     for difference in differences(results) if len(results) > 1 else ():
-        print(f"not the same protocol: {difference}")
+        print(f"do not compare without a look: {difference}")
     print(f"wrote {out}")
     return 0
 

@@ -29,7 +29,7 @@ from img2vid.evaluation.processes import Processes, processes
 from img2vid.evaluation.prompts import embed_texts
 from img2vid.evaluation.reading import Views, identity
 from img2vid.evaluation.results import describe_run, names_of, write_result
-from img2vid.evaluation.tables import counted, protocol_line, retrieval_table, show
+from img2vid.evaluation.tables import show
 
 
 def ranks(scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,5 +202,6 @@ def main(argv: Sequence[str]) -> int:
             )  # fmt: skip
     if result is not None:
         write_result(result, options.out)
-        show(retrieval_table(result), counted(result["data"]), protocol_line(result["protocol"]), options.out)
+        written = options.out if options.picture is None else f"{options.out}, {options.picture} and its similarities"
+        show(result, written)
     return 0

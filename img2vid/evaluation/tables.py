@@ -1,11 +1,17 @@
-"""Results in the terminal."""
+"""Results as tables: one ``Sheet`` for each task, shown in the terminal here and in a page by ``report``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-METRICS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class", "calibration_error": "calibration"}
+from img2vid.evaluation.errors import EvaluationError
+
+METRICS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class", "calibration_error": "ECE"}
 LABELS = {
     "model": "video model",
     "frame_mean": "frame mean",
@@ -14,6 +20,16 @@ LABELS = {
     "static": "middle frame alone",
     "half": "half the frames",
 }
+DIRECTIONS = {"text_to_video": "text to video", "video_to_text": "video to text"}
+
+
+@dataclass
+class Sheet:
+    """A table as texts; the first column names the rows."""
+
+    title: str
+    header: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
 
 
 def percent(found: dict | None, brief: bool = False) -> str:
@@ -32,6 +48,96 @@ def percent(found: dict | None, brief: bool = False) -> str:
     return text
 
 
+def sheet_of(result: dict, brief: bool = True) -> Sheet:
+    """The table of a result.
+
+    Args:
+        brief: intervals of the main numbers only, for a terminal's width.
+
+    Raises:
+        EvaluationError: a task of another version.
+    """
+    if result["task"] not in SHEETS:
+        raise EvaluationError(f"A result of task {result['task']!r} is not known to this version.")
+    return SHEETS[result["task"]](result, brief)
+
+
+def classification_sheet(result: dict, brief: bool) -> Sheet:
+    name = result["task"].replace("_", "-")
+    sheet = Sheet(f"{name}, protocol {result['protocol']['name']}, %", ["", *METRICS.values()])
+    for name, found in result["metrics"].items():
+        if name == "time_added":
+            sheet.rows.append(["time added", percent(found["top1"]), "", "", ""])
+        else:
+            sheet.rows.append([LABELS[name], *metric_cells(found["summary"], brief)])
+    return sheet
+
+
+def metric_cells(found: dict, brief: bool) -> list[str]:
+    return [percent(found[metric], brief and metric == "top5") for metric in METRICS]
+
+
+def honesty_sheet(result: dict, brief: bool) -> Sheet:
+    sheet = Sheet("temporal honesty, %", ["", "top-1", "lost", "answers changed"])
+    for name, found in result["metrics"].items():
+        rest = ["", ""] if name == "model" else [percent(found["lost"]), percent(found["changed"])]
+        sheet.rows.append([LABELS[name], percent(found["top1"]), *rest])
+    return sheet
+
+
+def retrieval_sheet(result: dict, brief: bool) -> Sheet:
+    sheet = Sheet("retrieval: recall in %, ranks from 1", ["", "", "R@1", "R@5", "R@10", "median", "mean"])
+    for name, found in result["metrics"].items():
+        label = LABELS[name]
+        for how, of in (("", found), (", dual softmax", found["dual_softmax"])):
+            for direction, text in DIRECTIONS.items():
+                recall = of[direction]
+                cells = [percent(recall[f"r{k}"], brief) for k in (1, 5, 10)]
+                ranks = [f"{recall['median_rank']:g}", f"{recall['mean_rank']:.1f}"]
+                sheet.rows.append([label, text + how, *cells, *ranks])
+                label = ""
+    return sheet
+
+
+def probe_sheet(result: dict, brief: bool) -> Sheet:
+    sheet = Sheet("probes on frozen features, %", ["", "", *METRICS.values()])
+    for kind, of in result["metrics"].items():
+        for i, (name, found) in enumerate(of.items()):
+            sheet.rows.append([kind if i == 0 else "", LABELS[name], *metric_cells(found, brief)])
+    return sheet
+
+
+SHEETS: dict[str, Callable[[dict, bool], Sheet]] = {
+    "zero_shot": classification_sheet,
+    "classification": classification_sheet,
+    "honesty": honesty_sheet,
+    "retrieval": retrieval_sheet,
+    "probe": probe_sheet,
+}
+
+
+def headline(result: dict) -> list[tuple[str, dict | None]]:
+    """The numbers of a result that stand in a comparison, by name."""
+    metrics, task = result["metrics"], result["task"]
+    if task in ("zero_shot", "classification"):
+        return [(f"top-1, {LABELS[name]}", of["summary"]["top1"]) for name, of in metrics.items() if name in LABELS]
+    if task == "honesty":
+        return [(f"top-1, {LABELS[name]}", of["top1"]) for name, of in metrics.items()]
+    if task == "retrieval":
+        return [
+            (f"R@1 {text}, {LABELS[name]}", of[direction]["r1"])
+            for name, of in metrics.items()
+            for direction, text in DIRECTIONS.items()
+        ]
+    if task == "probe":
+        return [
+            (f"top-1, {kind}, {LABELS[name]}", found["top1"])
+            for kind, of in metrics.items()
+            for name, found in of.items()
+        ]
+    raise EvaluationError(f"A result of task {task!r} is not known to this version.")
+
+
 def counted(data: dict) -> str:
     """How many videos are in the numbers, and which are not."""
     text = f"{data['used']} of {data['videos']} videos"
@@ -39,6 +145,8 @@ def counted(data: dict) -> str:
         if data[kind]:
             names = ", ".join(entry["video"] for entry in data[kind][:3]) + (", ..." if len(data[kind]) > 3 else "")
             text += f"; {len(data[kind])} {kind}: {names}"
+    if data.get("unlabelled"):
+        text += f"; {data['unlabelled']} without a label, in no number"
     return text
 
 
@@ -53,67 +161,18 @@ def protocol_line(protocol: dict) -> str:
     return ", ".join(parts)
 
 
-def classification_table(result: dict) -> Table:
-    title = f"{result['task']}, protocol {result['protocol']['name']}, %"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("", no_wrap=True)
-    for label in METRICS.values():
-        table.add_column(label, justify="right", no_wrap=True)
-    for name, found in result["metrics"].items():
-        if name == "time_added":
-            table.add_row("time added", percent(found["top1"]))
-        else:
-            cells = [percent(found["summary"][metric], brief=metric == "top5") for metric in METRICS]
-            table.add_row(LABELS.get(name, name), *cells)
-    return table
-
-
-def honesty_table(result: dict) -> Table:
-    table = Table(title="temporal honesty, %", title_justify="left", title_style="bold")
-    table.add_column("", no_wrap=True)
-    for header in ("top-1", "lost", "answers changed"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for name, found in result["metrics"].items():
-        rest = [] if name == "model" else [percent(found["lost"]), percent(found["changed"])]
-        table.add_row(LABELS[name], percent(found["top1"]), *rest)
-    return table
-
-
-def retrieval_table(result: dict) -> Table:
-    table = Table(title="retrieval: recall in %, ranks from 1", title_justify="left", title_style="bold")
-    table.add_column("", no_wrap=True)
-    for header in ("R@1", "R@5", "R@10", "median", "mean"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for name, found in result["metrics"].items():
-        for how, of in (("", found), (" (dual softmax)", found["dual_softmax"])):
-            for direction in ("text_to_video", "video_to_text"):
-                recall = of[direction]
-                cells = [percent(recall[f"r{k}"], brief=True) for k in (1, 5, 10)]
-                ranks = (f"{recall['median_rank']:g}", f"{recall['mean_rank']:.1f}")
-                table.add_row(f"{LABELS[name]}, {direction.replace('_', ' ')}{how}", *cells, *ranks)
-    return table
-
-
-def probe_table(result: dict) -> Table:
-    table = Table(title="probes on frozen features, %", title_justify="left", title_style="bold")
-    table.add_column("", no_wrap=True)
-    for label in METRICS.values():
-        table.add_column(label, justify="right", no_wrap=True)
-    for kind, of in result["metrics"].items():
-        for name, found in of.items():
-            cells = [percent(found[metric], brief=metric == "top5") for metric in METRICS]
-            table.add_row(f"{kind}, {LABELS[name]}", *cells)
-    return table
-
-
-def print_classification(result: dict, path) -> None:
-    show(classification_table(result), counted(result["data"]), protocol_line(result["protocol"]), path)
-
-
-def show(table: Table, *lines) -> None:
-    console = Console()
+def show(result: dict, written: object, *facts: str) -> None:
+    """A result in the terminal: its table, the videos and protocol behind it, further facts, and where it went."""
+    sheet = sheet_of(result)
+    table = Table(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in range(len(sheet.header)):
+        is_name = not sheet.header[column]
+        table.add_column(sheet.header[column], justify="left" if is_name else "right", no_wrap=True)
+    for row in sheet.rows:
+        table.add_row(*row)
+    # no number is ever cut short: a narrow terminal breaks the lines instead
+    natural = Console(width=1000).measure(table).maximum
+    console = Console(width=max(Console().width, natural))
     console.print(table)
-    *facts, path = lines
-    for fact in facts:
+    for fact in (counted(result["data"]), *facts, protocol_line(result["protocol"]), f"wrote {written}"):
         console.print(fact, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

@@ -25,7 +25,7 @@ from img2vid.evaluation.protocols import PROTOCOLS, Lists, Round, rounds, summar
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import describe_run, names_of, write_result
 from img2vid.evaluation.scores import FUSIONS, OwnHead, TextHead, score
-from img2vid.evaluation.tables import print_classification
+from img2vid.evaluation.tables import show
 
 
 def zero_shot(
@@ -248,5 +248,5 @@ def main(argv: Sequence[str]) -> int:
             )  # fmt: skip
     if result is not None:
         write_result(result, options.out)
-        print_classification(result, options.out)
+        show(result, options.out)
     return 0

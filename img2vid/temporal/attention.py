@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -143,11 +144,10 @@ class TemporalAttention(nn.Module):
         if num_clip_keys:
             return self.with_prefix(x, num_frames, num_clip_keys)
         # norms and projections act on each token alone, so x itself never moves; only q, k, v are seen along T
-        qkv = self.qkv(x).unflatten(0, (-1, num_frames)).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(3, 0, 2, 4, 1, 5)  # each (B, S, H, T, head_dim)
+        heads = {"t": num_frames, "qkv": 3, "h": self.num_heads}
+        q, k, v = rearrange(self.qkv(x), "(b t) s (qkv h d) -> qkv b s h t d", **heads)
         y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, scale=self.scale)
-        y = y.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(2)  # (B*T, S, H * head_dim)
-        return self.proj(self.inner_norm(y))
+        return self.proj(self.inner_norm(rearrange(y, "b s h t d -> (b t) s (h d)")))
 
     def with_prefix(self, x: Tensor, num_frames: int, num_prefix: int) -> Tensor:
         """The same where a clip's prefix tokens, kept as T equal copies, take part (Frozen in Time, arXiv:2104.00650).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,10 +91,11 @@ class TubeletConv2d(nn.Conv2d):
     tubelet_size: int
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = x.unflatten(1, (self.tubelet_size, -1))  # (B*T, K, C, H, W)
+        frames = rearrange(x, "b (k c) h w -> b k c h w", k=self.tubelet_size)
         centre = self.tubelet_size // 2
-        around = torch.cat([frames[:, :centre], frames[:, centre + 1 :]], dim=1).flatten(1, 2)  # (B*T, (K-1)*C, H, W)
-        weight = self.tubelet_weight.transpose(0, 1).flatten(1, 2)  # (D, (K-1)*C, h, w)
+        around = torch.cat([frames[:, :centre], frames[:, centre + 1 :]], dim=1)
+        around = rearrange(around, "b k c h w -> b (k c) h w")  # k: the K - 1 other frames
+        weight = rearrange(self.tubelet_weight, "k d c h w -> d (k c) h w")
         central = super().forward(frames[:, centre].contiguous())
         return central + F.conv2d(around, weight, None, self.stride, self.padding, self.dilation)
 

@@ -94,6 +94,41 @@ def broken_shard(path):
     return path
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_with_bad_videos_resumes_exactly(shards, tmp_path, workers):
+    """A bad video moves nothing: its place is taken by the next good one, which keeps its own place too."""
+    given = [shards[0], broken_shard(tmp_path / "bad.tar")]
+
+    def loader():
+        dataset = stream(given, 12, max_bad_videos=100, shuffle_buffer=3)
+        return ShardLoader(dataset, 2, drop_last=True, num_workers=workers)
+
+    expected = [batch["clip"] for batch in loader()]
+    assert len(expected) == 6
+    for stop in range(1, 6):
+        begun = loader()
+        taken = [batch["clip"] for _, batch in zip(range(stop), begun, strict=False)]
+        resumed = loader()
+        resumed.load_state_dict(begun.state_dict())
+        got = taken + [batch["clip"] for batch in resumed]
+        assert len(got) == 6 and all(map(torch.equal, got, expected)), stop
+
+
+def test_bad_videos_do_not_shift_the_others(shards, tmp_path, caplog):
+    clean = list(stream(shards, 30, shuffle_buffer=1))
+    bad = tmp_path / "000001.tar"
+    with tarfile.open(shards[1]) as source, tarfile.open(bad, "w") as target:
+        for number, member in enumerate(source.getmembers()):
+            data = source.extractfile(member).read()
+            data = b"no video".ljust(len(data)) if number == 0 else data
+            target.addfile(member, io.BytesIO(data))
+    shards[1].write_bytes(bad.read_bytes())
+    skipping = list(stream(shards, 30, shuffle_buffer=1, max_bad_videos=30))
+    assert len(skipping) == 30 and [item["position"] for item in skipping] == list(range(30))
+    same = [torch.equal(a["clip"], b["clip"]) for a, b in zip(clean, skipping, strict=True)]
+    assert 0 < same.count(False) == caplog.text.count("skipped") < 30
+
+
 def test_bad_samples_are_named_and_limited(shards, tmp_path, caplog):
     broken = broken_shard(tmp_path / "bad.tar")
     with pytest.raises(VideoError, match=r"bad\.tar sample 1"):

@@ -17,6 +17,7 @@ from img2vid.evaluation.reading import Views
 from img2vid.evaluation.report import differences, read_curves, report
 from img2vid.evaluation.results import read_result, write_result
 from img2vid.evaluation.retrieval import retrieval
+from img2vid.evaluation.tables import sheet_of, show
 from img2vid.evaluation.zero_shot import zero_shot
 from tests.evaluation.conftest import CPU
 
@@ -46,7 +47,7 @@ def test_a_page_that_needs_nothing_beside_it(results, tmp_path, capsys):
     assert not re.search(r'(src|href)="(?!data:)|<script|@import|url\(', page)
     top1 = json.loads(results["zero"].read_text())["metrics"]["model"]["summary"]["top1"]["value"]
     assert f"{100 * top1:.1f} [" in page
-    assert "tasks differ" in capsys.readouterr().out
+    assert "task differs" in capsys.readouterr().out
 
 
 def test_names_are_escaped(results):
@@ -59,9 +60,29 @@ def test_what_does_not_compare_is_said(results):
     same = {name: read_result(results["zero"]) for name in ("a", "b")}
     assert differences(same) == []
     found = differences({name: read_result(results[name]) for name in ("zero", "zero_half")})
-    assert [text.split(" differ")[0] for text in found] == ["views", "templates"]
+    assert [text.split(" differs")[0] for text in found] == ["templates", "num_frames"]
     same["b"]["data"]["used"] -= 1
-    assert differences(same) == [f"videos used differ: a: 24; b: {23}"]
+    assert differences(same) == ["videos used differs: 24 (a); 23 (b)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("retrieval", {"protocol": {"template": "a video of {}"}}, "template"),
+        ("probe", {"train": {"hash": "another"}}, "training list"),
+        ("zero", {"protocol": {"input": {"interpolation": "nearest"}}}, "interpolation"),
+        ("zero", {"protocol": {"rounds": [{"name": "list", "classes": ["growing"]}]}}, "rounds"),
+        ("zero", {"data": {"missing": [{"video": "a.mp4", "problem": "gone"}]}}, "left out"),
+    ],
+)
+def test_every_part_of_a_protocol_is_compared(results, name, change, said):
+    def merged(old, new):
+        return {**old, **{k: merged(old[k], v) if isinstance(v, dict) else v for k, v in new.items()}}
+
+    result = read_result(results[name])
+    assert [text.split(" differs")[0] for text in differences({"a": result, "b": merged(result, change)})] == [said]
+    speed = merged(result, {"protocol": {"batch_size": 7, "device": "cuda:0"}})
+    assert differences({"a": result, "b": speed}) == []
 
 
 def test_pictures(results, tmp_path):
@@ -103,6 +124,38 @@ def test_other_figures_show_what_they_are_given():
         assert plots.png(figure).startswith(b"\x89PNG")
 
 
+def test_gates_that_are_not_there_are_said_and_not_drawn_as_zero(results):
+    result = read_result(results["honesty"])
+
+    def lower_left(layers):
+        axes = plots.honesty_figure({**result, "layers": layers}).axes[2]
+        return [text.get_text() for text in axes.texts], len(axes.patches), axes.get_ylim()[0]
+
+    layer = {"layer": "blocks.0", "gate_norm": 0.5, "branch_to_residual": 0.1}
+    assert lower_left([layer, layer]) == ([], 2, 0)
+    assert lower_left([{**layer, "gate_norm": 0.0}]) == (["zero in every layer"], 1, 0)  # as freshly converted
+    assert lower_left([{**layer, "gate_norm": None}]) == (["no gates"], 0, 0)  # gate: none
+    assert lower_left([])[0] == ["no layer attends along time behind a gate"]
+
+
+def test_columns_of_different_kinds_have_axes_of_their_own():
+    columns = {"gate/blocks.0": [(0, 0.0)], "gate/blocks.1": [(0, 0.1)], "loss": [(0, 3.0)], "lr": [(0, 1e-4)]}
+    figure = plots.curves_figure(columns)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["gate", "loss", "lr"]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 1, 1]
+
+
+def test_numbers_are_never_cut_short(results, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    for path in results.values():
+        result = read_result(path)
+        show(result, path)
+        out = capsys.readouterr().out
+        assert "…" not in out
+        for row in sheet_of(result).rows:
+            assert all(cell in out for cell in row)
+
+
 def test_curves_of_a_training_log(tmp_path, capsys):
     log, out = tmp_path / "metrics.csv", tmp_path / "c.png"
     log.write_text("epoch,gate/0,gate/1,loss,step\n0,0.0,0.0,,0\n0,,,2.5,4\n0,0.5,0.25,2.0,9\n")
@@ -142,7 +195,8 @@ def test_numbers_stand_in_rows_and_read_back_alike(tmp_path):
 def test_without_matplotlib_the_extra_is_named(results, monkeypatch, capsys):
     import img2vid
 
-    monkeypatch.delitem(sys.modules, "img2vid.plots")
+    for name in [name for name in sys.modules if name.startswith("img2vid.plots")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(img2vid, "plots")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli(["plot", str(results["zero"])]) == 2

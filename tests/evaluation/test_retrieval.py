@@ -122,7 +122,7 @@ def test_msrvtt_and_command(nano_folder, motion, tmp_path, capsys):
     given = ["--model", str(nano_folder), "--data", str(tmp_path / "MSRVTT_JSFUSION_test.csv"), "--no-cache"]
     given += ["--picture", str(tmp_path / "grid.png")]
     assert cli(["eval", "retrieval", *given, "--num-workers", "0", "--out", str(tmp_path / "r.json")]) == 0
-    assert "text to video (dual softmax)" in capsys.readouterr().out
+    assert "text to video, dual softmax" in capsys.readouterr().out
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["data"]["used"] == 10 and result["data"]["captions"] == 10
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("grid.png", "grid-similarity.png"))
