@@ -77,8 +77,8 @@ class Classification(Objective):
             raise ObjectiveError("spread_steps needs the loss that it minimises: give spread a weight.")
         if bool(keep_prompts) != bool(keep_text):
             raise ObjectiveError(
-                f"keep_text={keep_text:g} is the weight of keep_prompts, of which {len(keep_prompts)} are given; "
-                "give both."
+                f"keep_text={keep_text:g} is the weight of keep_prompts, of which {len(keep_prompts)} are given: "
+                "give both or neither."
             )
         if any("{}" in prompt for prompt in keep_prompts) != bool(keep_names):
             raise ObjectiveError("keep_names are what {} stands for in keep_prompts: give both or neither.")
