@@ -22,6 +22,11 @@ PARTS = ("[q]", "[k]", "[v]")
 
 
 def to_ours(state: Mapping[str, Tensor], table: Table) -> State:
+    """Their tensors that the table knows, under our names.
+
+    Raises:
+        WeightsError: of several that are one of ours, some are missing.
+    """
     ours: State = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -34,8 +39,12 @@ def to_ours(state: Mapping[str, Tensor], table: Table) -> State:
         else:
             ours[name] = tensor
     for whole, found in parts.items():
-        if found.keys() == set(PARTS):  # else accounting has said so
-            ours[whole] = torch.cat([found[part] for part in PARTS])
+        lacking = [part for part in PARTS if part not in found]
+        if lacking:
+            back = tuple((ours, theirs) for theirs, ours in table)
+            names = [str(renamed(whole + part, back)) for part in lacking]
+            raise WeightsError(f"Queries, keys and values belong together, but there is no {' and no '.join(names)}.")
+        ours[whole] = torch.cat([found[part] for part in PARTS])
     return ours
 
 

@@ -1,8 +1,8 @@
 """Weights out of a TorchScript archive, such as OpenAI published CLIP in, without running or compiling its code.
 
 ``torch.jit.load`` would compile what is in the archive. Its weights, however, are stored as ``torch.save`` stores them:
-a pickle of nested modules, and the bytes of tensors beside it. That pickle, and those bytes, are copied without the
-code and read with ``weights_only=True``; its modules, whatever their classes, become bags of what was in them.
+a pickle of nested modules, and the bytes of tensors beside it. Both are copied without the code and read with
+``weights_only=True``; modules, whatever their classes, become bags of what was in them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,6 @@ def tensors(bag: object, prefix: str = "") -> list[tuple[str, Tensor]]:
 
 
 def activation(code: list[bytes]) -> str | None:
-    """quick-GELU is ``x * sigmoid(1.702 * x)``, and nothing else in a CLIP holds that number."""
-    if any(b"1.702" in text for text in code):
-        return "quick_gelu"
-    return "gelu" if any(b"torch.gelu(" in text for text in code) else None
+    """quick-GELU is ``x * sigmoid(1.702 * x)``, and nothing else in a CLIP is a sigmoid; GELU is called by its name."""
+    called = {name for name in (b"gelu", b"sigmoid") if any(b"torch." + name + b"(" in text for text in code)}
+    return {frozenset([b"gelu"]): "gelu", frozenset([b"sigmoid"]): "quick_gelu"}.get(frozenset(called))

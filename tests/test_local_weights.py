@@ -65,7 +65,7 @@ def test_what_timms_reader_leaves_out_is_named(tmp_path):
     with pytest.warns(UserWarning, match="'model' was taken, model_ema left"):
         img2vid.convert("vit_tiny", weights=path, backbone_args=TINY)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY)
-    assert len(load_file(model, path).loaded) == len(state)
+    assert len(load_file(model, path)[0].loaded) == len(state)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_open_clip_positions_of_a_timm_trunk():
 def test_a_logit_bias_that_the_file_lacks_is_zero_and_said(tmp_path):
     model, donor = small_clip(init_logit_bias=-10.0), small_clip()
     torch.save(donor.state_dict(), tmp_path / "w.pth")
-    report = load_clip_file(model, describe(model.visual), tmp_path / "w.pth")
+    report, _ = load_clip_file(model, describe(model.visual), tmp_path / "w.pth")
     assert model.logit_bias.item() == 0.0
     assert report.notes == ["logit_bias is not in the file and was set to zero, which changes nothing."]
 

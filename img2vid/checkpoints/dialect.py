@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from img2vid.backbones.hf_folder import read_config, read_folder, read_pixels
 from img2vid.backbones.tower import Preprocess
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.keytable import State, Table, to_ours, to_theirs
-from img2vid.weights import LoadReport, matches
+from img2vid.weights import LoadReport, matches, read_weights
 
 if TYPE_CHECKING:
     from img2vid.model import VideoModel
@@ -33,6 +34,19 @@ class Foreign:
     pixels: Preprocess | None = None  # from the preprocessor_config.json beside them
     notes: list[str] = field(default_factory=list)
     num_heads: int | None = None  # given by the user: no state dict knows it
+
+    @classmethod
+    def read(cls, path: str | Path, num_heads: int | None = None) -> Foreign:
+        """
+        Raises:
+            WeightsError: it cannot be read, or holds no weights.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            file = read_weights(path)
+            return cls(path, file.state, notes=file.notes, num_heads=num_heads)
+        config = read_config(path)  # says what the folder is, before weights are looked for
+        return cls(path, read_folder(path), config, read_pixels(path), num_heads=num_heads)
 
     def require(self, key: str) -> Tensor:
         if key not in self.state:

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from img2vid.backbones.hf_folder import CONFIG, FILES, PIXELS, RESAMPLING
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.description import structure
 from img2vid.checkpoints.dialect import Dialect, Foreign
 from img2vid.checkpoints.folders import replacing
-from img2vid.checkpoints.foreign import CONFIG, FILES, PIXELS, RESAMPLING
 from img2vid.checkpoints.importing import DIALECTS, described
 from img2vid.checkpoints.native import separate
 from img2vid.config import one_of

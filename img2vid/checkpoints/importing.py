@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from img2vid.backbones import load_backbone
 from img2vid.checkpoints.dialect import Dialect, Foreign, account
-from img2vid.checkpoints.foreign import read_foreign
 from img2vid.checkpoints.frozen_in_time import FROZEN_IN_TIME
 from img2vid.checkpoints.hf_timesformer import HF_TIMESFORMER
 from img2vid.checkpoints.lavila import LAVILA
@@ -73,8 +72,7 @@ def import_with_report(
     """``import_checkpoint``, with the dialect it was and where every key went."""
     one_of("pos_embed_resample", pos_embed_resample, POS_RESAMPLE)
     one_of("dialect", dialect, ("auto", *DIALECTS))
-    file = read_foreign(path)
-    file.num_heads = None if num_heads is None else whole_number("num_heads", num_heads)
+    file = Foreign.read(path, None if num_heads is None else whole_number("num_heads", num_heads))
     spoken = detect(file) if dialect == "auto" else DIALECTS[dialect]
     native, skeleton = described(spoken, file)
     report = account(spoken, file, spoken.to_theirs(skeleton.state_dict(), native))

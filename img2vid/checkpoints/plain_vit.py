@@ -6,9 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from timm.layers.activations import GELU, GELUTanh, QuickGELU
-from torch import nn
-
+from img2vid.backbones.activations import HF_NAMES, name_of
 from img2vid.checkpoints.dialect import Foreign
 from img2vid.errors import WeightsError
 
@@ -21,16 +19,6 @@ NAMED = {
     (384, 12, 6): "vit_small_patch16_224",
     (768, 12, 12): "vit_base_patch16_224",
     (1024, 24, 16): "vit_large_patch16_224",
-}
-ACTIVATIONS = {  # transformers' names, and timm's for the same function
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
 }
 EPS = 1e-6  # of timm's norms
 
@@ -64,7 +52,8 @@ def plain_vit(
     if patch_size != (16, 16):
         arguments["patch_size"] = patch_size[0] if patch_size[0] == patch_size[1] else list(patch_size)
     if hidden != 4 * dim:
-        arguments["mlp_ratio"] = hidden / dim
+        ratio = hidden / dim
+        arguments["mlp_ratio"] = ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim  # timm rounds down
     if in_channels != 3:
         arguments["in_chans"] = in_channels
     if not qkv_bias:
@@ -133,9 +122,9 @@ def sizes_of(file: Foreign, *, block: str, conv: str, fc1: str, qkv: str) -> dic
 def from_hf(file: Foreign, config: dict[str, Any]) -> dict[str, Any]:
     """The same of a transformers ViT, from its ``config.json``."""
     act = config.get("hidden_act", "gelu")
-    if act not in ACTIVATIONS:
+    if act not in HF_NAMES:
         raise WeightsError(
-            f"{file.path}: hidden_act is {act!r}, which timm does not have. Known: {', '.join(ACTIVATIONS)}."
+            f"{file.path}: hidden_act is {act!r}, which timm does not have. Known: {', '.join(HF_NAMES)}."
         )
     size = config["image_size"]
     return {
@@ -146,7 +135,7 @@ def from_hf(file: Foreign, config: dict[str, Any]) -> dict[str, Any]:
         "image_size": tuple(size) if isinstance(size, (list, tuple)) else (size, size),
         "in_channels": config.get("num_channels", 3),
         "qkv_bias": config.get("qkv_bias", True),
-        "activation": ACTIVATIONS[act],
+        "activation": HF_NAMES[act],
         "norm_eps": config.get("layer_norm_eps", EPS),
     }
 
@@ -159,9 +148,10 @@ def to_hf(model: VideoModel, bare: str, with_classifier: str) -> dict[str, Any]:
     """
     trunk, classes = model.base, model.config.num_classes
     block = trunk.blocks[0]
-    act = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_pytorch_tanh", QuickGELU: "quick_gelu", nn.ReLU: "relu"}
-    if type(block.mlp.act) not in act:
+    act = name_of(block.mlp.act)
+    if act not in HF_NAMES.values():
         raise WeightsError(f"transformers has no name for the activation {type(block.mlp.act).__name__}.")
+    hidden_act = {"gelu_tanh": "gelu_pytorch_tanh"}.get(act, act)
     height, width = model.tower.image_size
     if height != width:
         raise WeightsError(f"transformers' models of this kind take square images, not {height} x {width}.")
@@ -171,7 +161,7 @@ def to_hf(model: VideoModel, bare: str, with_classifier: str) -> dict[str, Any]:
         "num_hidden_layers": len(trunk.blocks),
         "num_attention_heads": block.attn.num_heads,
         "intermediate_size": block.mlp.fc1.out_features,
-        "hidden_act": act[type(block.mlp.act)],
+        "hidden_act": hidden_act,
         "image_size": height,
         "num_channels": model.tower.in_channels,
         "qkv_bias": block.attn.qkv.bias is not None,

@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     from img2vid.evaluation.results import write_result
     from img2vid.evaluation.tables import show
 
+    given.ready_to_write(options.out)
     if not options.no_picture:
         from img2vid.plots import honesty_figure, save  # says now, not after an hour, that matplotlib is not there
     with processes() as shared:

@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> int:
     options = make_parser().parse_args(argv)
     from img2vid import plots
     from img2vid.evaluation.errors import EvaluationError
-    from img2vid.evaluation.features import write_whole
     from img2vid.evaluation.report import differences, headline, name_of, report
     from img2vid.evaluation.results import read_result
+    from img2vid.evaluation.store import write_whole
     from img2vid.evaluation.tables import percent
 
     results = {}

@@ -40,14 +40,19 @@ def main(argv: Sequence[str]) -> int:
     from img2vid.plots import attention_figure, save
 
     model = load(options.model)
-    pixels = read_clip(options.video, num_frames=options.num_frames or model.config.num_frames)
+    num_frames = model.config.num_frames if options.num_frames is None else options.num_frames
+    size = video_part(model).config.tubelet_size
+    if num_frames < 1 or num_frames % size:
+        raise EvaluationError(
+            f"--num-frames {num_frames}: expected a multiple of this model's tubelets of {size} frames."
+        )
+    pixels = read_clip(options.video, num_frames=num_frames)
     pixels = TestTransform(input_spec(model))(pixels)[0]  # (T, C, size, size)
     maps = attention_maps(model, model.normalize(pixels[None]).to(next(model.parameters()).dtype))
     if maps.refused:
         print(f"not drawn: spatial, rollout ({maps.refused})")
     if not maps.rows():
         raise EvaluationError("There is nothing to draw: no frame of this clip attends to another one either.")
-    size = video_part(model).config.tubelet_size
     frames = pixels[size // 2 :: size].permute(0, 2, 3, 1).numpy()
     figure = attention_figure(frames, maps.rows(), maps.frame_to_frame, Path(options.video).name)
     print(f"wrote {save(figure, options.out)}")

@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     from img2vid.evaluation.results import write_result
     from img2vid.evaluation.tables import counted, show
 
+    given.ready_to_write(options.out)
     with processes() as shared:
         train = given.lists_of(options, options.train, subset="train").videos
         test = given.lists_of(options, options.data, classes=options.classes or train.class_names).videos

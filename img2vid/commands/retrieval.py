@@ -30,7 +30,9 @@ def main(argv: Sequence[str]) -> int:
     from img2vid.evaluation.retrieval import retrieval
     from img2vid.evaluation.tables import show
 
+    given.ready_to_write(options.out)
     if options.picture is not None:
+        given.ready_to_write(options.picture)
         import img2vid.plots  # noqa: F401 (says now that matplotlib is missing, not after an hour)
     with processes() as shared:
         videos = given.lists_of(options, options.data, classes=None).videos

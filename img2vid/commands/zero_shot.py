@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     from img2vid.evaluation.tables import show
     from img2vid.evaluation.zero_shot import zero_shot
 
+    given.ready_to_write(options.out)
     with processes() as shared:
         lists = given.lists_of(options, options.data, options.protocol)
         model = load(options.model)

@@ -58,13 +58,21 @@ class EvalSampler(DistributedSampler):
     def __len__(self) -> int:
         return len(range(self.rank, self.rows, self.num_replicas))
 
-    def num_batches(self, batch_size: int) -> tuple[int, int]:
-        """Of the process that has the fewest, and of that with the most."""
-        fewest, most = self.rows // self.num_replicas, -(-self.rows // self.num_replicas)
-        return -(-fewest // batch_size), -(-most // batch_size)
-
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rank, self.rows, self.num_replicas))
+
+
+def num_batches(loader: DataLoader, limit: int | float = 1.0) -> tuple[int, int]:
+    """Batches of the process that has the fewest to evaluate, and of that with the most; 0 for loaders of others.
+
+    limit: batches at most, or a share of them, as trainers take it.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, EvalSampler):
+        return 0, 0
+    rows = (sampler.rows // sampler.num_replicas, -(-sampler.rows // sampler.num_replicas))
+    fewest, most = (-(-n // loader.batch_size) for n in rows)
+    return tuple(min(n, limit) if isinstance(limit, int) else int(n * limit) for n in (fewest, most))
 
 
 class ClipLoader(DataLoader):

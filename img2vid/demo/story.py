@@ -23,11 +23,12 @@ from img2vid.data.lists import read_list
 from img2vid.data.manifest import VideoList, write_manifest
 from img2vid.data.synthetic import CLASS_NAMES, MOTIONS, MotionSettings, make_motion_set
 from img2vid.errors import Img2VidError
-from img2vid.evaluation.features import Compute, extract, write_whole
+from img2vid.evaluation.features import Compute, extract
 from img2vid.evaluation.honesty import honesty
 from img2vid.evaluation.protocols import Lists, gather_lists
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import write_result
+from img2vid.evaluation.store import write_whole
 from img2vid.evaluation.zero_shot import zero_shot
 from img2vid.model import VideoTextModel
 

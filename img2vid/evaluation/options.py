@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from img2vid.evaluation import webdataset
+from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute
 from img2vid.evaluation.processes import Processes
 from img2vid.evaluation.protocols import Lists, gather_lists
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import device_of
+
+
+def ready_to_write(out: str | Path) -> None:
+    """Find out before the work, not after it, that a result cannot be written there."""
+    out = Path(out)
+    if out.is_dir():
+        raise EvaluationError(f"--out {out} is a folder; expected the name of a file.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()
 
 
 def templates_of(options: argparse.Namespace):
@@ -29,7 +40,7 @@ def lists_of(options: argparse.Namespace, data: Sequence[str], protocol: str = "
 
 def views_of(options: argparse.Namespace, model) -> Views:
     return Views(
-        options.num_frames or model.config.num_frames,
+        model.config.num_frames if options.num_frames is None else options.num_frames,
         options.frame_interval,
         options.target_fps,
         options.num_clips,

@@ -130,8 +130,12 @@ def probe(
         raise EvaluationError(f"Probes {unknown}: expected some of {', '.join(PROBES)}.")
     if "linear" in kinds and find_spec("sklearn") is None:
         raise EvaluationError("A linear probe needs scikit-learn. Run: pip install 'img2vid[eval]'")
+    for videos in (train, test):
+        if all(row.label is None for row in videos.rows):
+            raise EvaluationError(f"{videos.source} has no labels. A probe needs a column label.")
     if train.class_names != test.class_names:
         raise EvaluationError(f"{train.source} and {test.source} name other classes; give --classes to both.")
+    check_several([row.label for row in train.rows], train.source)
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
     one_view = replace(views, num_clips=1, num_crops=1)
     given = {"cache": cache, "compute": compute, "strict": strict, "processes": shared, "on_progress": on_progress}
@@ -167,6 +171,7 @@ def probe(
         learned, tested = found["frames" if kind == "attentive" else "features"]
         for name in conditions:
             x, y = labelled(train, learned, name)
+            check_several(y.tolist(), f"What can be read of {train.source}")
             seen, labels = labelled(test, tested, name)  # (n, V, ...)
             arguments = x[:, 0], y, seen.flatten(0, 1), num_classes
             chosen = {}
@@ -179,6 +184,12 @@ def probe(
             scores = metrics.classification(probabilities, probabilities, labels, seed)
             result["metrics"].setdefault(kind, {})[name] = {**scores, **chosen}
     return result
+
+
+def check_several(labels: Sequence[int | None], source: str) -> None:
+    found = {label for label in labels if label is not None}
+    if len(found) < 2:
+        raise EvaluationError(f"{source} holds videos of {len(found)} classes; a probe learns from two or more.")
 
 
 def labelled(videos: VideoList, features: Features, condition: str) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,22 @@ def class_list(given: str | Path | Sequence[str]) -> list[str]:
     )
 
 
+def check_distinct(names: Sequence[str]) -> None:
+    """Classes that read alike have the same texts, so no model could tell them apart.
+
+    Raises:
+        EvaluationError: there are such classes.
+    """
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(readable(name), name)
+        if other is not name:
+            raise EvaluationError(
+                f"Classes {other!r} and {name!r} both read {readable(name)!r}, so no text tells them apart. "
+                "Rename one of them in the list, or give --classes."
+            )
+
+
 def prompts(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     """For each name, made readable, the text of every template."""
     return [[template.replace("{}", readable(name)) for template in templates] for name in names]

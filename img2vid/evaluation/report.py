@@ -11,7 +11,7 @@ from pathlib import Path
 
 from img2vid.data.manifest import numbered_records
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evaluation.features import short_hash
+from img2vid.evaluation.store import short_hash
 from img2vid.evaluation.tables import Sheet, counted, headline, protocol_line, sheet_of
 
 STYLE = """

@@ -11,13 +11,21 @@ from pathlib import Path
 
 import torch
 
+from img2vid.choices import FUSIONS
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features, extract
 from img2vid.evaluation.processes import Processes
-from img2vid.evaluation.prompts import class_embeddings, embed_texts, read_templates, readable, template_hash
+from img2vid.evaluation.prompts import (
+    check_distinct,
+    class_embeddings,
+    embed_texts,
+    read_templates,
+    readable,
+    template_hash,
+)
 from img2vid.evaluation.protocols import Lists, Round, rounds, summarise
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import describe_run, names_of
@@ -55,6 +63,8 @@ def zero_shot(
     """
     compute, shared, videos = compute or Compute(), shared or Processes(), lists.videos
     question = Question.to(model, videos, templates, fusion)
+    with_label = [row for row, of in enumerate(videos.rows) if of.label is not None]
+    rounds(protocol, lists, with_label, seed=seed, **protocol_options)  # says what is wrong before any video is read
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
     features = extract(
         model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
@@ -129,7 +139,17 @@ class Question:
     def to(cls, model, videos: VideoList, templates, fusion: str | None) -> Question:
         """Says what would make the numbers meaningless before any video is read."""
         num_classes = model.config.num_classes
+        if all(row.label is None for row in videos.rows):
+            raise EvaluationError(f"{videos.source} has no labels. Classification needs a column label.")
+        if len(videos.class_names or "ab") < 2 or num_classes == 1:
+            raise EvaluationError(
+                f"{videos.source} has one class, so every answer would be right. Give all that compete: --classes FILE."
+            )
+        if fusion is not None and fusion not in FUSIONS:
+            raise EvaluationError(f"fusion={fusion!r}: expected one of {', '.join(FUSIONS)}.")
         if num_classes is not None:
+            if fusion == "feature":
+                raise EvaluationError("A classifier's views are fused as logit or probability, not as feature.")
             names = videos.class_names or [str(i) for i in range(num_classes)]
             if len(names) != num_classes:
                 raise EvaluationError(
@@ -144,6 +164,7 @@ class Question:
                 f"{videos.source} numbers its classes; give their names: --classes FILE (or ucf101, ...)."
             )
         texts, name = read_templates(templates)
+        check_distinct(videos.class_names)
         return cls(list(videos.class_names), texts, name, False, fusion or "feature", videos)
 
     @property

@@ -1,4 +1,4 @@
-"""Reading checkpoints that others have written: a weights file, or a folder as transformers saves it."""
+"""A folder as transformers saves it: weights in one file or several, ``config.json``, and how pixels are prepared."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from typing import Any
 from torch import Tensor
 
 from img2vid.backbones.tower import Preprocess
-from img2vid.checkpoints.dialect import Foreign
 from img2vid.errors import WeightsError
-from img2vid.weights import in_a_row, read_state_dict, read_weights
+from img2vid.weightindex import SUFFIX
+from img2vid.weights import read_state_dict
 
 CONFIG, PIXELS = "config.json", "preprocessor_config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")  # transformers' own names, the better one first
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def read_foreign(path: str | Path) -> Foreign:
+def read_config(folder: Path) -> dict[str, Any]:
     """
     Raises:
-        WeightsError: it cannot be read, or holds no weights.
+        WeightsError: there is none, or it is of a model of ours.
     """
-    path = Path(path)
-    if not path.is_dir():
-        file = read_weights(path)
-        return Foreign(path, file.state, notes=file.notes)
-    config = read_json(path / CONFIG)
+    config = read_json(folder / CONFIG)
     if config is None:
-        raise WeightsError(
-            f"{path} is a folder without {CONFIG}, which transformers writes. Give the weights file itself."
-        )
+        raise WeightsError(f"{folder} is a folder without {CONFIG}, which transformers writes. Give the weights file.")
     if "kind" in config and "video" in config:
-        raise WeightsError(f"{path} already is a model of img2vid: img2vid.load({str(path)!r}).")
-    pixels = read_json(path / PIXELS)
-    return Foreign(path, read_folder(path), config, None if pixels is None else pixel_statistics(pixels, path / PIXELS))
+        raise WeightsError(f"{folder} already is a model of img2vid: img2vid.load({str(folder)!r}).")
+    return config
+
+
+def read_pixels(folder: Path) -> Preprocess | None:
+    """How pixels were prepared, None where nothing says."""
+    described = read_json(folder / PIXELS)
+    return None if described is None else pixel_statistics(described, folder / PIXELS)
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -43,24 +42,9 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     for name in FILES:
         if (folder / name).is_file():
             return read_state_dict(folder / name)
-        index = read_json(folder / f"{name}.index.json")
-        if index is not None:
-            return read_shards(folder, f"{name}.index.json", index)
+        if (folder / f"{name}{SUFFIX}").is_file():
+            return read_state_dict(folder / f"{name}{SUFFIX}")
     raise WeightsError(f"{folder} holds no weights: expected {' or '.join(FILES)}, or the index of several files.")
-
-
-def read_shards(folder: Path, name: str, index: dict[str, Any]) -> dict[str, Tensor]:
-    home = index.get("weight_map")
-    files = list(home.values()) if isinstance(home, dict) else [None]
-    if not all(isinstance(file, str) and Path(file).name == file for file in files):
-        raise WeightsError(f"{folder / name} is no index of weights: expected weight_map, names of files by key.")
-    state: dict[str, Tensor] = {}
-    for file in sorted(set(files)):
-        state.update(read_state_dict(folder / file))
-    missing = sorted(home.keys() - state.keys())
-    if missing:
-        raise WeightsError(f"{folder / name} promises keys that its files do not hold: {in_a_row(missing)}.")
-    return state
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
