@@ -118,6 +118,29 @@ def test_wrong_ranks():
         TrainSampler(3, 0, 4)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_after_bad_videos_is_exact(videos, tmp_path, num_workers):
+    """What stands in for a bad video follows from the epoch's order, so nothing about it need be saved."""
+    (tmp_path / "bad.mp4").write_text("no video")
+    rows = [
+        replace(row, path=str(tmp_path / "bad.mp4")) if n in (2, 3, 7) else row for n, row in enumerate(videos.rows)
+    ]
+
+    def skipping():
+        made = loader(replace(videos, rows=tuple(rows)), num_workers=num_workers)
+        made.dataset.on_bad_video, made.dataset.bad_limit = "skip", 5
+        return made
+
+    expected = [batch["clip"] for batch in skipping()]
+    for stop in range(1, 5):
+        begun = skipping()
+        taken = [batch["clip"] for _, batch in zip(range(stop), begun, strict=False)]
+        resumed = skipping()
+        resumed.load_state_dict(begun.state_dict())
+        got = taken + [batch["clip"] for batch in resumed]
+        assert len(got) == len(expected) == 5 and all(map(torch.equal, got, expected)), stop
+
+
 class StuckAt(TrainTransform):
     """A worker that hangs on one row, as in a driver or on a network disk."""
 
