@@ -101,9 +101,7 @@ def base_model(video: VideoModel) -> str | None:
         return None  # random, from a file, or a video checkpoint's
     parsed = parse_name(name)
     if parsed.library == "timm":
-        described = timm.get_pretrained_cfg(
-            f"{parsed.architecture}.{parsed.tag}" if parsed.tag else parsed.architecture
-        )
+        described = timm.get_pretrained_cfg(str(parsed).removeprefix("timm:"))
         home = getattr(described, "hf_hub_id", None)
         return f"{home}{described.architecture}.{described.tag}" if home and home.endswith("/") else home
     if parsed.scheme == "hf-hub:":
