@@ -86,7 +86,8 @@ def import_with_report(
     report.resampled = fit(ours, skeleton.tower, model, pos_embed_resample)
     load_weights(model, ours, source=str(file.path), keep_dtypes=True)
     model.tower.preprocess = file.pixels or spoken.pixels
-    model.image_weights = f"{spoken.title}: {Path(path).name}"
+    how = f" ({'; '.join(report.resampled)})" if report.resampled else ""
+    model.image_weights = f"{spoken.title}: {Path(path).name}{how}"
     report.notes = file.notes
     return model.eval(), spoken, report
 
@@ -200,15 +201,15 @@ def main(argv: Sequence[str]) -> int:
     out = Path("runs/import", Path(options.path).absolute().name) if options.out is None else Path(options.out)
     check_replaceable(out)
     progress = Progress()
-    with progress.stage(f"Reading {options.path}"):
-        model, dialect, report = import_with_report(
-            options.path,
-            options.dialect,
-            options.num_frames,
-            options.image_size,
-            options.num_heads,
-            options.pos_embed_resample,
-        )
+    progress.say(f"Reading {options.path}")
+    model, dialect, report = import_with_report(
+        options.path,
+        options.dialect,
+        options.num_frames,
+        options.image_size,
+        options.num_heads,
+        options.pos_embed_resample,
+    )
     config = model.config
     progress.say(f"It is {dialect.title}: {config.attention}, {config.num_frames} frames, prefix {config.prefix_mode}.")
     progress.say(f"Keys: {len(report.loaded)} loaded, {len(report.dropped)} dropped on purpose, none left over.")
