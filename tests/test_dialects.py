@@ -135,6 +135,13 @@ def test_what_no_dialect_knows(tmp_path):
         img2vid.import_checkpoint(tmp_path / "a.pth", "frozen-in-time", num_heads=HEADS)
 
 
+def test_a_model_of_ours_is_not_taken_for_a_timesformer(tmp_path):
+    """Its names would pass; that each frame has a class token of its own is not in them."""
+    img2vid.convert(small_vit(), num_frames=2).save_pretrained(tmp_path / "ours")
+    with pytest.raises(WeightsError, match="already is a model of img2vid"):
+        img2vid.import_checkpoint(tmp_path / "ours" / "model.safetensors", num_heads=4)
+
+
 def test_heads_are_asked_for_or_said(tmp_path):
     path = saved(tmp_path / "a.pth", made.timesformer())
     with pytest.raises(WeightsError, match="does not say how many attention heads .* no multiple of 64"):
@@ -425,6 +432,12 @@ def test_import_and_export_on_the_command_line(tmp_path, capsys):
     ours, again = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "again"))
     assert bitwise(ours, again)
     capsys.readouterr()
+    for dialect in ("frozen-in-time", "lavila"):  # what is peculiar to a model is not asked of other modes
+        path = saved(tmp_path / f"{dialect}.pth", MAKERS[dialect]())
+        assert main(["import", str(path), "--num-heads", "4", "--out", str(tmp_path / dialect)]) == 0
+        assert main(["inspect", str(tmp_path / dialect)]) == 0
+        assert main(["certify", str(tmp_path / dialect), "--certify-frames", "1", "2"]) == 0
+        assert "divided_space_time / global (this one)" in capsys.readouterr().out
     assert main(["import", str(tmp_path / "nothing.pth"), "--out", str(tmp_path / "x")]) == 2
     assert "There is no weights file" in capsys.readouterr().err
     assert main(["import", "", "--out", str(tmp_path / "x")]) == 2
@@ -463,6 +476,24 @@ def test_quirks_that_a_tower_cannot_have_are_refused():
         img2vid.convert(small_vit(block_fn=block), quirks=["block_input_residual"])
     with pytest.raises(ConfigError, match="needs all patches"):
         img2vid.convert(small_vit(patch_drop_rate=0.5), time_embed="per_patch")
+
+
+@pytest.mark.parametrize(
+    ("quirks", "expected"),
+    [((), "nothing"), (("drop_path_before_gate",), "bias"), (("no_temporal_drop_path",), "everything")],
+)
+def test_where_stochastic_depth_is(quirks, expected):
+    """Dropped for certain, a branch adds nothing; its bias where the drop comes first; all where there is none."""
+    model = img2vid.convert(small_vit(drop_path_rate=1.0), num_frames=3, quirks=quirks)
+    block = randomize(model, seed=5).blocks[-1].train()
+    x = torch.randn(6, 17, 48)
+    with torch.no_grad(), model.clip.of(3):
+        got = block.temporal_residual(x)
+        block.eval()
+        full = block.temporal_residual(x)
+    wanted = {"nothing": torch.zeros_like(x), "bias": block.temporal_fc.bias.detach().expand_as(x), "everything": full}
+    assert torch.equal(got, wanted[expected])
+    assert not torch.equal(full, wanted["bias"])
 
 
 QUIRKY = [

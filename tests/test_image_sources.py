@@ -132,7 +132,7 @@ def sentences():
 def test_clip_both_towers(act, built_quick, tmp_path, recwarn):
     """The activation is the file's, whatever the architecture has, and a saved model keeps it."""
     theirs = clip(act)
-    path = folder(theirs, tmp_path / "hf")
+    path = folder(theirs, tmp_path / "hf", image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
     backbone = open_clip_folder(tmp_path / "oc", quick_gelu=built_quick)
     model = img2vid.convert(backbone, weights=path, num_frames=2)
     said = [str(warning.message) for warning in recwarn if "The activation of visual" in str(warning.message)]
@@ -142,6 +142,7 @@ def test_clip_both_towers(act, built_quick, tmp_path, recwarn):
         torch.testing.assert_close(model.encode_image(images()), image, **CLOSE)
         torch.testing.assert_close(model.encode_text(sentences()), text, **CLOSE)
         assert model.logit_scale == theirs.logit_scale
+    assert model.visual.tower.preprocess.std == pytest.approx((0.4, 0.5, 0.6))
     model.save_pretrained(tmp_path / "ours")
     again = img2vid.load(tmp_path / "ours")
     with torch.no_grad():

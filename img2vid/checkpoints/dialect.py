@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from img2vid.backbones.hf_folder import read_config, read_folder, read_pixels
 from img2vid.backbones.tower import Preprocess
+from img2vid.checkpoints.native import HEADER
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.keytable import State, Table, to_ours, to_theirs
@@ -44,6 +46,8 @@ class Foreign:
         path = Path(path)
         if not path.is_dir():
             file = read_weights(path)
+            if is_ours(path):  # by names alone it could pass for a TimeSformer
+                raise WeightsError(f"{path} already is a model of img2vid: img2vid.load({str(path.parent)!r}).")
             return cls(path, file.state, notes=file.notes, num_heads=num_heads)
         config = read_config(path)  # says what the folder is, before weights are looked for
         return cls(path, read_folder(path), config, read_pixels(path), num_heads=num_heads)
@@ -52,6 +56,15 @@ class Foreign:
         if key not in self.state:
             raise WeightsError(f"{self.path} lacks {key}, from which the size of the model is read.")
         return self.state[key]
+
+
+def is_ours(path: Path) -> bool:
+    """Whether the header of a safetensors file says that img2vid wrote it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return HEADER in (file.metadata() or {})
+    except (OSError, SafetensorError):  # no safetensors
+        return False
 
 
 @dataclass(frozen=True)

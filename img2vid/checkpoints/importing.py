@@ -84,7 +84,8 @@ def import_with_report(
     report.resampled = fit(ours, skeleton.tower, model, pos_embed_resample)
     load_weights(model, ours, source=str(file.path), keep_dtypes=True)
     model.tower.preprocess = file.pixels or spoken.pixels
-    model.image_weights = f"{spoken.title}: {Path(path).name}"
+    how = f" ({'; '.join(report.resampled)})" if report.resampled else ""
+    model.image_weights = f"{spoken.title}: {Path(path).name}{how}"
     report.notes = file.notes
     return model.eval(), spoken, report
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     TimesformerConfig,
     TimesformerForVideoClassification,
@@ -207,6 +208,21 @@ def test_lavila_without_clip_has_the_plain_tower(tmp_path):
         return restated.linear(state, "image_projection.0", feature)
 
     torch.testing.assert_close(answers(model, clips), oracle(forward, clips), **CLOSE)
+
+
+def test_lavila_classifier(tmp_path):
+    shapes = made.space_time_transformer("visual.", 4, 32, is_clip=True) | made.pair("fc_cls", 7, made.DIM)
+    state = made.drawn(shapes)
+    model = img2vid.import_checkpoint(saved(tmp_path / "a.pth", state), num_heads=HEADS)
+    clips = torch.randn(2, 4, 3, 32, 32)
+
+    def forward(clip):
+        feature = restated.space_time_transformer(state, clip, HEADS, DEPTH, "visual.", is_clip=True)
+        return restated.linear(state, "fc_cls", feature)
+
+    torch.testing.assert_close(answers(model, clips), oracle(forward, clips), **CLOSE)
+    img2vid.export_checkpoint(model, tmp_path / "b.safetensors", "lavila")
+    assert bitwise(load_file(tmp_path / "b.safetensors"), state)
 
 
 # ---- what holds for each of them
