@@ -35,8 +35,7 @@ def main(argv: Sequence[str]) -> int:
         train = given.lists_of(options, options.train, subset="train").videos
         test = given.lists_of(options, options.data, classes=options.classes or train.class_names).videos
         model = load(options.model)
-        passes = (len({"attentive"} & set(options.probes)) + len({"linear", "knn"} & set(options.probes))) or 1
-        total = min(passes, 2) * -(-(len(train) + len(test)) // shared.world_size)
+        total = -(-len(train) // shared.world_size) + -(-len(test) // shared.world_size)
         with progress_bar("videos", total, shared.is_first) as advance:
             result = probe(
                 model,

@@ -47,6 +47,7 @@ def honesty(
     compute, shared, videos = compute or Compute(), shared or Processes(), lists.videos
     question = Question.to(model, videos, templates, fusion)
     conditions = [name for name in PANEL if name != "frame_mean" or has_gates(model)]
+    head = question.head(model.to(compute.device)) if shared.is_first else None
     features = extract(
         model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
         processes=shared, on_progress=on_progress,
@@ -54,7 +55,7 @@ def honesty(
     if not shared.is_first:
         return None
     everything = Round("all", tuple(labelled_rows(features, videos)))
-    scored = question.scored(model, features)
+    scored = question.scored(head, features)
     result = question.describe("honesty", model, source, features, compute, conditions)
     result["protocol"] |= {"name": "honesty", "seed": seed}
     result["metrics"], result["confusion"] = {}, {}  # confusion: what each class is taken for under each condition

@@ -138,18 +138,15 @@ def probe(
     check_several([row.label for row in train.rows], train.source)
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
     one_view = replace(views, num_clips=1, num_crops=1)
-    given = {"cache": cache, "compute": compute, "strict": strict, "processes": shared, "on_progress": on_progress}
-    levels = (["features"] if {"linear", "knn"} & set(kinds) else []) + (["frames"] if "attentive" in kinds else [])
-    found = {
-        level: (
-            extract(model, train, one_view, conditions, level=level, **given),
-            extract(model, test, views, conditions, level=level, **given),
-        )
-        for level in levels
-    }
+    # frames hold features, which are their mean: one pass over the videos for all kinds of probe
+    level = "frames" if "attentive" in kinds else "features"
+    given = {
+        "cache": cache, "level": level, "compute": compute, "strict": strict, "processes": shared,
+        "on_progress": on_progress,
+    }  # fmt: skip
+    learned, tested = (extract(model, *of, conditions, **given) for of in ((train, one_view), (test, views)))
     if not shared.is_first:
         return None
-    learned, tested = found[levels[0]]
     num_classes = len(train.class_names) if train.class_names else 1 + max(
         row.label for row in (*train.rows, *test.rows) if row.label is not None
     )  # fmt: skip
@@ -168,11 +165,12 @@ def probe(
     }
     result["metrics"] = {}
     for kind in kinds:
-        learned, tested = found["frames" if kind == "attentive" else "features"]
         for name in conditions:
             x, y = labelled(train, learned, name)
             check_several(y.tolist(), f"What can be read of {train.source}")
             seen, labels = labelled(test, tested, name)  # (n, V, ...)
+            if level == "frames" and kind != "attentive":
+                x, seen = x.mean(2), seen.mean(2)  # (n, V, S, D) -> (n, V, D)
             arguments = x[:, 0], y, seen.flatten(0, 1), num_classes
             chosen = {}
             if kind == "linear":

@@ -22,6 +22,7 @@ from img2vid.backbones.nano_clip import TEMPLATES as NANO_TEMPLATES
 from img2vid.data.lists import read_classes
 from img2vid.errors import nearest
 from img2vid.evaluation.errors import EvaluationError
+from img2vid.evidence import in_eval_mode
 
 CLASS_LISTS = {path.stem: path for path in sorted((Path(__file__).parent / "classes").glob("*.txt"))}
 
@@ -149,9 +150,10 @@ def embed_texts(model, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         )
     device = next(model.parameters()).device
     parts = []
-    for start in range(0, len(texts), batch_size):
-        tokens = model.tokenize(list(texts[start : start + batch_size])).to(device)
-        parts.append(model.encode_text(tokens, normalize=True).float().cpu())
+    with in_eval_mode(model):
+        for start in range(0, len(texts), batch_size):
+            tokens = model.tokenize(list(texts[start : start + batch_size])).to(device)
+            parts.append(model.encode_text(tokens, normalize=True).float().cpu())
     return torch.cat(parts)
 
 

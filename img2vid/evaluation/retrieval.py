@@ -106,6 +106,10 @@ def retrieval(
         raise EvaluationError(f"template={template!r}: expected {{}} once, where the caption goes.")
     videos, uncaptioned = with_captions(videos)
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
+    # before any video is read, as texts can fail too; every different one once, so that equal captions have equal
+    # scores to the last bit
+    texts = list(dict.fromkeys(template.replace("{}", caption) for row in videos.rows for caption in row.captions))
+    embedded = embed_texts(model.to(compute.device), texts).double() if shared.is_first else None
     features = extract(
         model, videos, views, conditions, cache=cache, compute=compute, strict=strict, processes=shared,
         on_progress=on_progress,
@@ -114,10 +118,7 @@ def retrieval(
         return None
     captions = [(i, caption) for i, row in enumerate(features.rows) for caption in videos.rows[row].captions]
     owner = torch.tensor([i for i, _ in captions])
-    # every different text once, so that equal captions have equal scores to the last bit
-    texts = {template.replace("{}", caption): None for _, caption in captions}
     place = {text: i for i, text in enumerate(texts)}
-    embedded = embed_texts(model, list(texts)).double()
     text = F.normalize(embedded, dim=-1)[[place[template.replace("{}", c)] for _, c in captions]]
     result = describe_run("retrieval", model, source, videos, features, compute, conditions)
     result["data"] |= {"captions": len(captions), "uncaptioned": uncaptioned}

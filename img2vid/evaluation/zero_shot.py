@@ -66,6 +66,7 @@ def zero_shot(
     with_label = [row for row, of in enumerate(videos.rows) if of.label is not None]
     rounds(protocol, lists, with_label, seed=seed, **protocol_options)  # says what is wrong before any video is read
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
+    head = question.head(model.to(compute.device)) if shared.is_first else None
     features = extract(
         model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
         processes=shared, on_progress=on_progress,
@@ -74,7 +75,7 @@ def zero_shot(
         return None
     labelled = labelled_rows(features, videos)
     made = rounds(protocol, lists, labelled, seed=seed, **protocol_options)
-    scored = question.scored(model, features)
+    scored = question.scored(head, features)
 
     task = "classification" if question.own else "zero_shot"
     result = question.describe(task, model, source, features, compute, conditions)
@@ -171,12 +172,14 @@ class Question:
     def level(self) -> str:
         return "output" if self.own else "features"
 
-    def scored(self, model, features: Features) -> dict[str, Scored]:
-        """Scores under each condition of the features."""
+    def head(self, model) -> OwnHead | TextHead:
+        """What turns features into one score for each class. Made before any video is read: texts can fail too."""
         if self.own:
-            head = OwnHead(len(self.names))
-        else:
-            head = TextHead.of(model, class_embeddings(model, self.names, self.templates))
+            return OwnHead(len(self.names))
+        return TextHead.of(model, class_embeddings(model, self.names, self.templates))
+
+    def scored(self, head: OwnHead | TextHead, features: Features) -> dict[str, Scored]:
+        """Scores under each condition of the features."""
         return {name: Scored(head, features, name, self.videos, self.fusion) for name in features.of}
 
     def describe(self, task: str, model, source, features: Features, compute: Compute, conditions) -> dict:

@@ -85,6 +85,17 @@ def test_end_to_end(timely, motion, monkeypatch):
     assert probe(timely, test, test, Views(4), kinds=["knn"], compute=CPU)["data"]["also_in_train"] == 24
 
 
+def test_all_probes_share_one_pass_and_the_features_of_their_own(timely, motion, monkeypatch):
+    monkeypatch.setattr("img2vid.evaluation.probe.MIN_STEPS", 1)
+    train, test = read_list(motion / "train.csv"), read_list(motion / "test.csv")
+    done = []
+    together = probe(timely, train, test, Views(4), kinds=["knn", "attentive"], compute=CPU, on_progress=done.append)
+    assert sum(done) == len(train) + len(test)
+    alone = probe(timely, train, test, Views(4), kinds=["knn"], compute=CPU)
+    for name in ("model", "frame_mean"):
+        assert together["metrics"]["knn"][name]["top1"] == alone["metrics"]["knn"][name]["top1"]
+
+
 def test_what_cannot_be_meant(timely, motion):
     test = read_list(motion / "test.csv")
     with pytest.raises(EvaluationError, match="expected some of linear, knn, attentive"):

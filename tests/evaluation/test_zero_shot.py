@@ -187,6 +187,19 @@ def test_what_is_wrong_is_said_before_any_video_is_read(nano, digits, monkeypatc
         run(nano, digits, **wrong)
 
 
+@pytest.mark.parametrize("task", ["zero_shot", "honesty", "retrieval"])
+def test_texts_that_fail_do_so_before_any_video_is_read(nano, motion, monkeypatch, task):
+    """A tokenizer that would have to be downloaded, say."""
+    import importlib
+
+    module = importlib.import_module(f"img2vid.evaluation.{task}")
+    monkeypatch.setattr(module, "extract", lambda *_, **__: pytest.fail("read videos first"))
+    nano.__dict__["tokenize"] = lambda texts: 1 / 0
+    lists = gather_lists([motion / "test.csv"])
+    with pytest.raises(ZeroDivisionError):
+        getattr(module, task)(nano, lists.videos if task == "retrieval" else lists, Views(4), compute=CPU)
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
