@@ -13,6 +13,8 @@ from img2vid._version import __version__
 if TYPE_CHECKING:
     from img2vid.backbones import load_backbone
     from img2vid.certificate import Certificate, certify
+    from img2vid.checkpoints.exporting import export_checkpoint
+    from img2vid.checkpoints.importing import import_checkpoint
     from img2vid.checkpoints.native import load
     from img2vid.config import VideoConfig
     from img2vid.convert import convert
@@ -29,6 +31,8 @@ PUBLIC = {
     "VideoTextModel": "img2vid.model",
     "certify": "img2vid.certificate",
     "convert": "img2vid.convert",
+    "export_checkpoint": "img2vid.checkpoints.exporting",
+    "import_checkpoint": "img2vid.checkpoints.importing",
     "inspect": "img2vid.inspection",
     "load": "img2vid.checkpoints.native",
     "load_backbone": "img2vid.backbones",
@@ -45,6 +49,8 @@ __all__ = [
     "__version__",
     "certify",
     "convert",
+    "export_checkpoint",
+    "import_checkpoint",
     "inspect",
     "load",
     "load_backbone",

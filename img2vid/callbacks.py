@@ -1,9 +1,7 @@
-"""What a training run shows and leaves behind: throughput, time being learned, checkpoints, and the final model."""
+"""What a training run shows, and the model it leaves: parameters, throughput, time being learned."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +9,53 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Group
 from torch import Tensor, nn
 
 from img2vid.temporal.block import SpaceTimeBlock
+
+
+class Bar(RichProgressBar):
+    """Lightning's bar, with rates of 1e-5 not shown as 0.000."""
+
+    def __init__(self) -> None:
+        super().__init__(theme=RichProgressBarTheme(metrics_format=".4g"))
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return without_version(super().get_metrics(trainer, pl_module))
+
+
+class Lines(ProgressBar):
+    """The same numbers where there is no terminal, such as in a job's log: a line every ``log_every_n_steps``."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % (trainer.log_every_n_steps or 50) == 0:
+            done = f"{batch_idx + 1} of {self.total_train_batches}"
+            self.say(trainer, pl_module, f"epoch {trainer.current_epoch}, batch {done}, step {trainer.global_step}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.say(trainer, pl_module, f"validated at step {trainer.global_step}")
+
+    def say(self, trainer: pl.Trainer, module: pl.LightningModule, where: str) -> None:
+        numbers = without_version(self.get_metrics(trainer, module)).items()
+        told = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers]
+        rank_zero_info(f"{where}: {', '.join(told)}")
+
+    def disable(self) -> None:
+        """Nothing to do: rank_zero_info speaks for the first process only."""
+
+    enable = disable
+
+
+def without_version(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The folder's number is in the folder's name."""
+    return {name: value for name, value in numbers.items() if name != "v_num"}
 
 
 class ParameterSummary(pl.Callback):
@@ -138,38 +178,8 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-class CheckpointOnException(pl.Callback):
-    """A checkpoint of the last whole step when training is ended by SIGTERM, Ctrl-C or an error.
-
-    differs from Lightning's OnExceptionCheckpoint: it stays there (that one is deleted at the end), and one process
-    that fails alone does not wait for the others. Sharded models are saved only when all processes stop together.
-    """
-
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        from lightning.pytorch.strategies import ModelParallelStrategy
-        from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-        if not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
-            return  # nothing has been learned
-        path = Path(trainer.default_root_dir) / "on_exception.ckpt"
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            if isinstance(exception, SIGTERMException):
-                trainer.save_checkpoint(path)
-            return
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
-        if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            try:
-                torch.save(checkpoint, temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            rank_zero_info(f"Stopped by {type(exception).__name__}. To continue: --ckpt_path {path}")
-
-
 class SaveModel(pl.Callback):
-    """After training: the model in img2vid's format, with ``moved.json``, which says how far it went and where.
+    """After training: the model in img2vid's format, with ``moved.json`` (img2vid.movement) and ``training.yaml``.
 
     Args:
         folder: None for ``model`` in the log directory.
@@ -177,6 +187,7 @@ class SaveModel(pl.Callback):
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
+        self.clips: Tensor | None = None  # some of those trained on, to compare features on
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and self.folder is not None:
@@ -184,40 +195,33 @@ class SaveModel(pl.Callback):
 
             check_replaceable(Path(self.folder))  # before the work, not after it
 
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.clips is None and trainer.is_global_zero:
+            self.clips = batch["clip"][:4].detach().float().cpu()
+
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.interrupted:
             return
-        state = {name: whole(tensor).detach().cpu() for name, tensor in module.model.state_dict().items()}
-        moved = how_far(module, {name: state[name] for name in module.beginning})
-        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model")
+        state = gathered(module.model, keep=trainer.is_global_zero)
+        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model")  # asks all processes
         if not trainer.is_global_zero:
             return
-        from img2vid.checkpoints.native import save
+        from img2vid.checkpoints.native import build_backbone, save
+        from img2vid.model import build_model
+        from img2vid.movement import measure_movement
 
-        save(module.model, folder, state=state)
-        temporary = folder / f".moved.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(moved, indent=2) + "\n")
-        os.replace(temporary, folder / "moved.json")
-        rank_zero_info(f"Wrote {folder}. Load it with img2vid.load({str(folder)!r}).")
-
-
-def how_far(module: pl.LightningModule, now: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Per layer group: distance from the beginning, relative to where the weights began, and of gates their norm."""
-    from img2vid.tuning import layer_groups
-
-    layers = {}
-    for group in layer_groups(module.model):
-        before = [module.beginning[name].float().cpu() for name in group.parameters]
-        change = [now[name].float() - old for name, old in zip(group.parameters, before, strict=True)]
-        length, distance = total_norm(before), total_norm(change)
-        layers[group.label] = {
-            "distance": distance,
-            "relative": distance / length if length else None,  # what began at zero has no relative distance
-            "changed": sum(int((x != 0).any()) for x in change),
-            "tensors": len(change),
-        }
-    return {"steps": module.global_step, "layers": layers}
+        model = build_model(build_backbone(module.model.config), module.model.config)
+        model.load_state_dict(state)
+        movement = measure_movement(model, module.beginning, trainer.global_step, self.clips)
+        save(module.model, folder, state=state, movement=movement, settings=module.settings)
+        rank_zero_info(f"{movement}\nWrote {folder}. Load it with img2vid.load({str(folder)!r}).")
 
 
-def total_norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack([x.double().norm() for x in tensors]).norm())
+def gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The weights on the CPU, put together by all processes; empty where they are not to be kept."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        tensor = whole(tensor)
+        if keep:
+            state[name] = tensor.detach().cpu()
+    return state

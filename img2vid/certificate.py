@@ -2,8 +2,8 @@
 
 Four kinds of clip are shown to both models on the same folded batch (one frame; one frame repeated; different frames;
 those frames shuffled), and what comes out of every block and of the whole is compared. Then the gates are pushed off
-zero (the output must move, and each frame must notice when the others of its clip change, and nothing else), closed
-again (it must come back bit for bit), and two optimiser steps show where gradient arrives.
+zero (the output must move, and each frame must notice when the others of its clip change, at each token's own position,
+and nothing else), closed again (it must come back bit for bit), and two optimiser steps show where gradient arrives.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Certificate:
     weights_before: str | None = None  # the same before the conversion, where it was noted
     weights_at_conversion: str | None = None  # the same when a saved model was made: training may have changed them
     text_difference: float | None = None
+    mixes_frames: bool = True  # whether frames are meant to know of each other
     at_step_0: bool = False  # the model comes straight from its conversion, so nothing can have moved its gates
 
     @property
@@ -79,13 +80,13 @@ class Certificate:
 
     @property
     def separate(self) -> bool:
-        """Whether the clips of a batch know nothing of each other."""
-        return self.leak == 0.0
+        """Whether clips of a batch know nothing of each other, nor, along time, patches of other positions."""
+        return self.leak == 0.0 and all(layer.stray in (None, 0.0) for layer in self.liveness)
 
     @property
     def alive(self) -> bool:
         """Whether every inserted layer can learn, and frames can know of each other where the design says so."""
-        connected = (self.exchange > 0.0) == (self.attention != "space_only")
+        connected = (self.exchange > 0.0) == self.mixes_frames
         return connected and all(layer.alive for layer in self.liveness)
 
     @property
@@ -176,6 +177,7 @@ def certify(
     return Certificate(
         backbone=video.config.backbone,
         attention=video.config.attention,
+        mixes_frames=video.config.mixes_frames,
         prefix_mode=video.config.prefix_mode,
         guarantee=guarantee,
         num_zero_parameters=sum(p.numel() for p in zero_parameters.values()),

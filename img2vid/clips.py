@@ -45,6 +45,11 @@ def check_clips(clips: Tensor, tower: ImageTower, config: VideoConfig, weight: T
     native, patch = tower.image_size, tower.patch_size
     if tuple(size) == native:
         return
+    if config.time_embed == "per_patch":
+        raise ClipError(
+            f"Frames of {size[0]} x {size[1]} pixels were given, but time_embed='per_patch' has a row for each patch of"
+            f" {native[0]} x {native[1]}. Resize the clip, or make the model with image_size=({size[0]}, {size[1]})."
+        )
     if not tower.any_size:
         command = f": python -m img2vid.convert --backbone {config.backbone} --image-size {size[0]}x{size[1]}"
         raise ClipError(

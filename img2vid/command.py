@@ -7,9 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from img2vid.bytecount import Watcher, watching
 from img2vid.config import shown
 from img2vid.errors import Img2VidError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 INTERRUPTED, READER_GONE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells count
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "storage size calculation overflowed")
@@ -70,11 +75,31 @@ def writable(stream: object) -> bool:
     return True
 
 
+def megabytes(done: int, total: int) -> str:
+    return f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+
+
+def with_bar(text: str, done: int, total: int) -> RenderableType:
+    """What is being done, and how much of a file has been read for it; without a bar once that is all."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    if done >= total:
+        return Text(text)
+    row = Table.grid(padding=(0, 1))
+    row.add_row(Text(text), ProgressBar(total, done, width=30), megabytes(done, total))
+    return row
+
+
 class Progress(logging.Handler):
     """Says what a command is doing: a line with the seconds so far; on a terminal a spinner for what takes long.
 
-    Inside ``stage`` the package's own log speaks too: what is loaded, from where, how large.
+    Inside ``stage`` the package's own log speaks too: what is loaded, from where, how large; and how much of it has
+    been read, as a bar on a terminal, elsewhere as a line now and then.
     """
+
+    seconds_between_lines = 5.0
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -83,14 +108,28 @@ class Progress(logging.Handler):
         self.console = Console()
         self.started = time.perf_counter()
 
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
     def say(self, text: str) -> None:
         from rich.text import Text  # not markup: brackets in a path are brackets
 
-        seconds = (f"{time.perf_counter() - self.started:6.1f} s  ", "dim")
-        self.console.print(Text.assemble(seconds, text), soft_wrap=True)
+        self.console.print(Text.assemble((f"{self.seconds:6.1f} s  ", "dim"), text), soft_wrap=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.say(record.getMessage())
+
+    def say_sometimes(self) -> Watcher:
+        last = time.perf_counter()
+
+        def say(done: int, total: int) -> None:
+            nonlocal last
+            if time.perf_counter() - last > self.seconds_between_lines:
+                last = time.perf_counter()
+                self.say(f"Read {megabytes(done, total)}")
+
+        return say
 
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
@@ -105,12 +144,35 @@ class Progress(logging.Handler):
         )
         try:
             if self.console.is_terminal:
-                with self.console.status(Text(text)):
+                status = self.console.status(Text(text))
+                with status, watching(lambda done, total: status.update(with_bar(text, done, total))):
                     yield
             else:  # a log file should show where the time goes, and where it ended
                 self.say(text)
-                yield
+                with watching(self.say_sometimes()):
+                    yield
         finally:
             logger.setLevel(before[0])
             logger.propagate = before[1]
             logger.removeHandler(self)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar with the time that is left, on standard error; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    hidden = not shown or not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)

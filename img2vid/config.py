@@ -15,8 +15,8 @@ Attention = Literal["divided_space_time", "joint_space_time", "space_only", "fac
 PrefixMode = Literal["per_frame", "shared", "global"]
 TemporalInit = Literal["copy", "random", "zeros"]
 Gate = Literal["temporal_fc", "tanh", "none"]
-TimeEmbed = Literal["zeros", "none"]
-Resample = Literal["linear", "nearest"]
+TimeEmbed = Literal["zeros", "per_patch", "none"]
+Resample = Literal["linear", "nearest", "crop_or_pad"]
 TubeletInit = Literal["central", "average"]
 
 CHOICES = {
@@ -29,6 +29,19 @@ CHOICES = {
     "tubelet_init": TubeletInit,
 }
 
+# What published video models do differently from this package, each under the name by which a model asks for it.
+QUIRKS = {
+    "block_input_residual": "attention over space is added to what entered the block; what attention along time adds "
+    "is seen by it and then forgotten (Frozen in Time, LaViLa)",
+    "prefix_in_time": "along time, patches also attend to the clip's prefix tokens, and those to all patches of all "
+    "frames (Frozen in Time, LaViLa)",
+    "time_before_norm_pre": "time_embed is added before the norm in front of the blocks (LaViLa)",
+    "drop_path_before_gate": "stochastic depth comes before temporal_fc, whose bias stays (TimeSformer)",
+    "no_temporal_drop_path": "no stochastic depth along time (Frozen in Time, LaViLa)",
+    "mean_before_norm": "frames are averaged as tokens before the final norm, not as features after it "
+    "(TimeSformer's space_only)",
+}
+DIVIDED_QUIRKS = ("block_input_residual", "prefix_in_time", "drop_path_before_gate", "no_temporal_drop_path")
 DIVIDED_ONLY = ("temporal_layers", "temporal_init", "gate")  # settings without a meaning for other kinds of attention
 # The most that is taken for a number and not for a slip of the hand, which would end in a machine without memory.
 MOST = {
@@ -60,11 +73,13 @@ class VideoConfig:
             list of block numbers.
         temporal_init: ``copy`` | ``random`` | ``zeros``.
         gate: ``temporal_fc`` | ``tanh`` | ``none``.
-        time_embed: ``zeros`` (learned, starting at zero) | ``none``.
-        time_embed_resample: ``linear`` | ``nearest``, for other numbers of frames.
+        time_embed: ``zeros`` (learned, starting at zero) | ``per_patch`` (one for each patch of each frame: ViViT) |
+            ``none``.
+        time_embed_resample: ``linear`` | ``nearest`` | ``crop_or_pad``, for other numbers of frames.
         tubelet_size: frames per tubelet; num_frames counts frames before they are grouped.
         tubelet_init: ``central`` | ``average``.
         encoder_layers: depth of the temporal encoder of ``factorised_encoder``.
+        quirks: what a published model does differently, by name, such as ``["block_input_residual"]``: see ``QUIRKS``.
         num_classes: a zero-initialised linear classifier on the clip feature; None for features.
         backbone_args: keyword arguments of the backbone's own factory (timm.create_model, open_clip.create_model), such
             as ``{"drop_path_rate": 0.1}``.
@@ -83,6 +98,7 @@ class VideoConfig:
     tubelet_size: int = 1
     tubelet_init: TubeletInit = "central"
     encoder_layers: int = 4
+    quirks: tuple[str, ...] = ()
     num_classes: int | None = None
     backbone_args: dict[str, Any] = field(default_factory=dict)
 
@@ -119,6 +135,12 @@ class VideoConfig:
                 "meaning there; leave it at per_frame."
             )
 
+        object.__setattr__(self, "quirks", quirk_names(self.quirks))
+        check_quirks(self)
+        if self.time_embed == "per_patch" and self.attention not in ("divided_space_time", "joint_space_time"):
+            raise ConfigError(
+                f"time_embed='per_patch' has no meaning with attention={self.attention!r}, whose patches have no time."
+            )
         if self.attention != "divided_space_time":
             for name in DIVIDED_ONLY:
                 if getattr(self, name) != getattr(type(self), name):
@@ -136,6 +158,11 @@ class VideoConfig:
     def has_time_embed(self) -> bool:
         return self.time_embed != "none" and self.attention != "space_only"
 
+    @property
+    def mixes_frames(self) -> bool:
+        """Whether a frame's feature depends on the other frames of its clip, once gates are open."""
+        return self.attention != "space_only" or "mean_before_norm" in self.quirks
+
     def layers(self, depth: int) -> list[int]:
         """Numbers of the blocks, of ``depth``, that attend along time."""
         layers = self.temporal_layers
@@ -152,7 +179,10 @@ class VideoConfig:
         return sorted(set(layers))
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As JSON and YAML have it, with lists for tuples."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VideoConfig:
@@ -192,6 +222,33 @@ def layer_rule(layers: object) -> str | tuple[int, ...]:
         f"temporal_layers={shown(layers)}: expected 'all', 'every:K', 'last:N' or a list of block numbers, such as "
         "[0, 5, 11]."
     )
+
+
+def quirk_names(quirks: object) -> tuple[str, ...]:
+    """Each of them once, in the order of ``QUIRKS``, so that equal models have equal descriptions."""
+    if not isinstance(quirks, (tuple, list)):
+        raise ConfigError(f"quirks={shown(quirks)}: expected a list of names, of {', '.join(QUIRKS)}.")
+    for name in quirks:
+        one_of("each of quirks", name, tuple(QUIRKS))
+    return tuple(name for name in QUIRKS if name in quirks)
+
+
+def check_quirks(config: VideoConfig) -> None:
+    quirks = config.quirks
+    for name in DIVIDED_QUIRKS:
+        if name in quirks and config.attention != "divided_space_time":
+            raise ConfigError(f"quirk {name!r} is about divided_space_time, not about {config.attention!r}.")
+    if "prefix_in_time" in quirks and config.prefix_mode != "global":
+        raise ConfigError(
+            f"quirk 'prefix_in_time' needs prefix_mode='global', not {config.prefix_mode!r}: only tokens that belong "
+            "to the whole clip can attend to all of it."
+        )
+    if {"drop_path_before_gate", "no_temporal_drop_path"} <= set(quirks):
+        raise ConfigError("quirks 'drop_path_before_gate' and 'no_temporal_drop_path' exclude each other.")
+    if "mean_before_norm" in quirks and config.attention == "factorised_encoder":
+        raise ConfigError("quirk 'mean_before_norm' would leave the factorised_encoder one and the same frame T times.")
+    if "time_before_norm_pre" in quirks and not config.has_time_embed:
+        raise ConfigError("quirk 'time_before_norm_pre' is about time_embed, which this model does not have.")
 
 
 def image_size_pair(size: object, name: str = "image_size") -> tuple[int, int]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from img2vid.callbacks import Bar, Lines
 from img2vid.data.module import VideoData
 from img2vid.errors import Img2VidError
-from img2vid.training import VideoTraining
+from img2vid.training import TrainingError, VideoTraining
 
 
 class TrainingCLI(LightningCLI):
@@ -23,21 +27,51 @@ class TrainingCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.spec = self.datamodule.spec or self.model.input_spec()
+        given = self.config if self.subcommand is None else self.config[self.subcommand]
+        self.model.settings = self._parser(self.subcommand).dump(given, skip_none=False)
 
     def instantiate_trainer(self, **given: Any) -> pl.Trainer:
-        trainer = self._get(self.config_init, "trainer", default={})
-        if trainer.get("logger") in (None, True):  # the CSV for you, TensorBoard for its curves
-            folder = trainer.get("default_root_dir") or "runs/train"
+        asked = self._get(self.config_init, "trainer", default={})
+        if asked.get("logger") in (None, True):  # the CSV for you, TensorBoard for its curves
+            folder = asked.get("default_root_dir") or "runs/train"
             csv = CSVLogger(folder, name=None)
             given["logger"] = [csv, TensorBoardLogger(folder, name=None, version=f"version_{csv.version}")]
-        return super().instantiate_trainer(**given)
+        callbacks = asked.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if asked.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            given["callbacks"] = [*callbacks, Bar() if sys.stdout.isatty() else Lines()]
+        trainer = super().instantiate_trainer(**given)
+        check_precision(trainer, asked)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyper-parameters win over YAML and command line, without a word."""
 
 
+def check_precision(trainer: pl.Trainer, asked: Mapping[str, Any]) -> None:
+    """Lightning would train in bf16 instead, and the saved settings would say fp16."""
+    if str(asked.get("precision")) in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
+        raise TrainingError(
+            f"trainer.precision={asked['precision']} needs a GPU: gradients of half precision cannot be scaled on a "
+            "CPU. Use bf16-mixed, or 32-true."
+        )
+
+
+QUIET = (
+    "LightningCLI's args parameter",  # ours are the command line's
+    "Found .* in eval mode at the start of training",  # frozen parts are, on purpose (img2vid.tuning.eval_frozen)
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between lightning and torch
+    "The dirpath has changed",  # each run has a folder of its own
+    "Total length of `list` across ranks is zero",  # no list to validate on
+    "Checkpoint directory .* exists and is not empty",  # a run that goes on in its folder
+)
+
+
 def main(argv: Sequence[str]) -> int:
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # ours are the command line's
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    advertised = "lightning.pytorch.utilities.rank_zero"
+    logging.getLogger(advertised).addFilter(lambda record: not record.getMessage().startswith("💡 Tip:"))
     overwrite = {"overwrite": True}  # the configuration of the last run in this folder, as its logs and checkpoints
     try:
         TrainingCLI(

@@ -19,9 +19,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from img2vid.model import VideoModel, VideoTextModel, first
+
+aten = torch.ops.aten
+# torch counts the fused attention of GPUs; the same formulas hold for that of CPUs
+for on_cpu, on_gpu in {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+}.items():
+    if on_cpu not in flop_registry:
+        register_flop_formula(on_cpu, get_raw=True)(flop_registry[on_gpu])
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class Guarantee:
             promise = cls("single frames, up to rounding", {"single": "close"})
         else:
             promise = cls("any clip, bit for bit on the same folded batch", dict.fromkeys(KINDS, "bitwise"))
+        if "mean_before_norm" in config.quirks and "moving" in promise.strength:
+            promise = cls("single and static clips, up to rounding", dict.fromkeys(("single", "static"), "close"))
         if config.tubelet_size > 1 and config.tubelet_init == "average":
             kinds = {kind: "close" for kind in ("single", "static") if kind in promise.strength}
             return cls("static clips, up to rounding (averaged tubelets)" if kinds else promise.summary, kinds)

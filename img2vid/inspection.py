@@ -133,6 +133,12 @@ GUARANTEED = (
 
 def promise(tower: ImageTower, config: VideoConfig, attention: str, prefix_mode: str) -> str:
     """What a way of inserting time would guarantee here beside the other settings, or that it is refused."""
+    if (attention, prefix_mode) != (
+        config.attention,
+        config.prefix_mode,
+    ):  # peculiarities are of one mode
+        own_time = "zeros" if config.time_embed == "per_patch" else config.time_embed
+        config = replace(config, quirks=(), time_embed=own_time)
     if attention != "divided_space_time":  # what belongs to divided attention alone is left out elsewhere
         config = replace(config, **{name: getattr(VideoConfig, name) for name in DIVIDED_ONLY}, prefix_mode="per_frame")
     elif config.attention != attention:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from img2vid.evidence import Size, largest, make_clips
@@ -73,6 +74,7 @@ class Liveness:
     gate: tuple[float, float] | None  # gradient norms at two optimiser steps; None for an ungated branch
     attention: tuple[float, float] | None = None  # the same behind the gate; None where nothing is behind it
     coupling: float | None = None  # how far its attention's output at a frame moves when only the other frames change
+    stray: float | None = None  # how far its output moves everywhere else when one position changes in other frames
 
     @property
     def alive(self) -> bool:
@@ -110,6 +112,7 @@ def measure_liveness(
                 for parameter in gates:
                     grad = grads[parameter].float()  # norms of half precision gradients overflow
                     parameter -= (step_size * grad / grad.norm().clamp_min(1e-12)).to(parameter.dtype)
+        stray = measure_stray(video, clips)  # here gates are open
 
     def both(parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
         first_step, second_step = (sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps)
@@ -118,7 +121,7 @@ def measure_liveness(
     coupling = measure_coupling(video, {path: attention for path, (_, attention) in layers.items()}, clips)
     return [
         *(
-            Liveness(path, both(gate) if gate else None, both(behind[path]), coupling[path])
+            Liveness(path, both(gate) if gate else None, both(behind[path]), coupling[path], stray.get(path))
             for path, (gate, _) in layers.items()
         ),
         *(Liveness(name, both([parameter])) for name, parameter in alone.items()),
@@ -135,9 +138,9 @@ def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], cl
     moved: dict[str, float] = {}
 
     def look(path: str, attention: TemporalAttention, args: tuple, out: Tensor) -> None:
-        x, num_frames = args  # (B*T, N, D)
+        x, num_frames, *rest = args  # (B*T, N, D)
         swapped = swap_others(x.unflatten(0, (-1, num_frames))).flatten(0, 1)
-        moved[path] = largest((attention.forward(swapped, num_frames) - out)[::num_frames])
+        moved[path] = largest((attention.forward(swapped, num_frames, *rest) - out)[::num_frames])
 
     hooks = [
         attention.register_forward_hook(lambda module, args, out, path=path: look(path, module, args, out))
@@ -149,6 +152,38 @@ def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], cl
         for hook in hooks:
             hook.remove()
     return {path: moved.get(path, 0.0) for path in layers}  # one that was never called sees nothing
+
+
+@torch.no_grad()
+def measure_stray(video: VideoModel, clips: Tensor) -> dict[str, float]:
+    """Largest change of each block's temporal branch away from one position at which all frames but the first changed.
+
+    The branch alone, as its image block mixes positions by right. A token attends along its own position, so this is
+    zero to the bit; a branch that folded its tokens in the wrong order would pass every other test of this certificate.
+    """
+    moved: dict[str, float] = {}
+
+    def look(path: str, block: SpaceTimeBlock, args: tuple) -> None:
+        x = args[0]  # (B*T, P + N, D)
+        position = (max(block.num_shared_tokens, block.num_clip_keys) + x.shape[1]) // 2
+        elsewhere = torch.arange(x.shape[1], device=x.device) != position
+        swapped = swap_others(rearrange(x, "(b t) n d -> b t n d", t=video.clip.num_frames)).flatten(0, 1)
+        swapped[:, elsewhere] = x[:, elsewhere]
+        change = block.temporal_residual(swapped) - block.temporal_residual(x)
+        elsewhere[: block.num_clip_keys] = False  # which attend to all positions by design (quirk prefix_in_time)
+        moved[path] = float(change[:, elsewhere].abs().sum())
+
+    hooks = [
+        block.register_forward_pre_hook(lambda block, args, path=path: look(path, block, args))
+        for path, block in video.tower.blocks
+        if isinstance(block, SpaceTimeBlock)
+    ]
+    try:
+        video.frame_features(clips)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return moved
 
 
 def gradients(objective: Tensor, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:

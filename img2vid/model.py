@@ -9,12 +9,14 @@ LayerScale, pooling of any kind, ...) keeps working. What is new sits inside its
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from img2vid.backbones import describe
@@ -30,7 +32,7 @@ from img2vid.reloading import load_image_weights
 from img2vid.surgery import insert_time, num_shared_tokens
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
-from img2vid.temporal.embeddings import resample_time_embed
+from img2vid.temporal.embeddings import resample_time_embed, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
@@ -91,7 +93,8 @@ class VideoModel(Overlay, Saving):
         entrance = insert_time(self.tower, config, self.clip)
         drop_once_per_clip(image_model, self.clip)
         if entrance is not None and config.has_time_embed:
-            self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, entrance.dim, **on_device))
+            places = [math.prod(self.tower.grid)] if config.time_embed == "per_patch" else []
+            self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, *places, entrance.dim, **on_device))
             entrance.block.register_forward_pre_hook(self.enter_time)
         if config.attention == "factorised_encoder":
             self.temporal_encoder = TemporalEncoder(dim, config.encoder_layers).to(**on_device)
@@ -131,10 +134,10 @@ class VideoModel(Overlay, Saving):
         """Clips (B, T, C, H, W) -> one feature per frame, or per tubelet (B, T, D), already informed by all frames."""
         self.check(clips)
         steps = self.tubelets(clips)  # (B, T, C, H, W); T counts tubelets from here on
-        num_clips, num_steps = steps.shape[:2]
+        num_steps = steps.shape[1]
         with self.clip.of(num_steps):
-            features = self.base(steps.flatten(0, 1))  # (B*T, D)
-        features = over(lambda x: x.unflatten(0, (num_clips, num_steps)), features)
+            features = self.base(rearrange(steps, "b t c h w -> (b t) c h w"))  # (B*T, D)
+        features = over(lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_steps), features)
         if self.config.attention == "factorised_encoder":
             features = self.encode_time(features)
         return features
@@ -149,22 +152,17 @@ class VideoModel(Overlay, Saving):
 
     def tubelets(self, clips: Tensor) -> Tensor:
         """Group K frames: (B, T, C, H, W) -> (B, T/K, K*C, H, W)."""
-        size = self.config.tubelet_size
-        return clips if size == 1 else clips.unflatten(1, (-1, size)).flatten(2, 3)
+        return rearrange(clips, "b (t k) c h w -> b t (k c) h w", k=self.config.tubelet_size)
 
     def enter_time(self, block: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of the first block that sees time: add ``time_embed`` to its tokens (B*T, P + N, D)."""
         x, *rest = args
-        num_steps = self.clip.num_frames
-        time = self.time_at(num_steps).squeeze(0).repeat(x.shape[0] // num_steps, 1)  # (B*T, D)
-        time = time.unsqueeze(1).expand_as(x)
-        num_shared = num_shared_tokens(self.tower, self.config)
-        if num_shared:  # a token of the whole clip is at no time in particular
-            time = torch.cat([torch.zeros_like(time[:, :num_shared]), time[:, num_shared:]], dim=1)
-        return (x + time.to(x.dtype), *rest)
+        time = self.time_at(self.clip.num_frames).squeeze(0)  # (T, D), or (T, N, D)
+        num_prefix, num_shared = self.tower.num_prefix_tokens, num_shared_tokens(self.tower, self.config)
+        return (x + time_of_tokens(time, x.shape, num_prefix, num_shared).to(x.dtype), *rest)
 
     def time_at(self, num_steps: int) -> Tensor:
-        """Time embedding (1, T, D) for any T."""
+        """Time embedding (1, T, D), or (1, T, N, D) where it is one for each patch, for any T."""
         return resample_time_embed(self.time_embed, num_steps, self.config.time_embed_resample)
 
     def check(self, clips: Tensor) -> None:

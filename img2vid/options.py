@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
-from img2vid.config import CHOICES, MOST, ConfigError, VideoConfig, image_size_pair, shown, whole_number
+from img2vid.config import CHOICES, MOST, QUIRKS, ConfigError, VideoConfig, image_size_pair, shown, whole_number
 from img2vid.errors import nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -25,6 +25,7 @@ GROUPS = {
         "encoder_layers",
         "tubelet_size",
         "tubelet_init",
+        "quirks",
     ),
     "embedding": ("time_embed", "time_embed_resample"),
     "output": ("num_classes",),
@@ -55,7 +56,7 @@ def add_settings(groups: dict[str, argparse._ArgumentGroup]) -> None:
                 metavar="MODE" if choices else metavar,
                 default=argparse.SUPPRESS,
                 help=f"{described.get(name, '')}{f'; {example}' if example else ''} "
-                f"(default: {'none' if default in (None, dataclasses.MISSING) else default})".replace("%", "%%"),
+                f"(default: {'none' if default in (None, (), dataclasses.MISSING) else default})".replace("%", "%%"),
             )
 
 
@@ -112,6 +113,11 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
     return tuple(map(whole, parts)) if all(part.strip().isdecimal() for part in parts) else text
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """``name,name``; empty for none."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def parse_json(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -129,6 +135,7 @@ FORMS = {  # parser, placeholder, example
     "num_frames": (whole, "T", ""),
     "image_size": (parse_size, "PIXELS", "for example 224, or 224x320 for height x width"),
     "temporal_layers": (parse_layers, "LAYERS", "for example every:2, last:4 or 0,5,11"),
+    "quirks": (parse_names, "NAMES", f"of {', '.join(QUIRKS)}"),
     "backbone_args": (parse_json, "JSON", "in a shell, between single quotes"),
 }
 

@@ -34,6 +34,14 @@ class Overlay(nn.Module):
         self.base.training = mode
         return super().train(mode)
 
+    def _replicate_for_data_parallel(self) -> Overlay:
+        """Called by ``nn.DataParallel`` for each further device."""
+        raise RuntimeError(
+            f"A {type(self).__name__} cannot be copied by nn.DataParallel: what is inserted in it refers to its own "
+            "blocks, which copies would then use on the wrong device. Use DistributedDataParallel with one process per "
+            "GPU: torchrun --nproc_per_node=N train/fit.py fit --config ... --trainer.devices=N."
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base")
         is_own = base is None or name in self.__dict__ or hasattr(type(self), name)

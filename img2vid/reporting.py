@@ -96,12 +96,23 @@ def weights_text(certificate: Certificate) -> str:
 
 def exchange_text(certificate: Certificate) -> str:
     moved = f"a frame's feature moves by {certificate.exchange:.3g} when only the other frames change"
-    if not certificate.separate:
+    if certificate.leak != 0.0:
         return f"{moved}, but by {certificate.leak:.3g} too when only other clips of the batch change"
-    if certificate.attention == "space_only":
+    strays = [layer.layer for layer in certificate.liveness if layer.stray not in (None, 0.0)]
+    if strays:
+        return f"{moved}, but in {', '.join(strays)} tokens attend along other positions than their own"
+    if not certificate.mixes_frames:
         return f"kept apart: {moved}"
     coupled = [layer.coupling for layer in certificate.liveness if layer.coupling is not None]
-    return moved + (f"; {sum(c > 0.0 for c in coupled)} of {len(coupled)} layers see them" if coupled else "")
+    return (
+        moved
+        + (f"; {sum(c > 0.0 for c in coupled)} of {len(coupled)} layers see them" if coupled else "")
+        + (
+            ", at each token's own position alone"
+            if any(layer.stray is not None for layer in certificate.liveness)
+            else ""
+        )
+    )
 
 
 def liveness_text(certificate: Certificate) -> str:

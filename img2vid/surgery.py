@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import sys
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from img2vid.backbones.dropping import drop_path_rate
+from img2vid.backbones.dropping import PATCH_DROPOUTS, drop_path_rate
 from img2vid.backbones.reading import (
     attention_steps,
     block_kind,
@@ -25,7 +26,7 @@ from img2vid.temporal.prefix import AttendToAllFrames, AveragePrefix, DrawPrefix
 
 
 class Entrance(NamedTuple):
-    """The first block that sees time, where ``time_embed`` of width ``dim`` is added to its tokens."""
+    """The first module that sees time, mostly a block, where ``time_embed`` of width ``dim`` is added to its tokens."""
 
     block: nn.Module
     dim: int
@@ -39,12 +40,14 @@ def insert_time(tower: ImageTower, config: VideoConfig, clip: ClipContext) -> En
     """
     refuse_impossible(tower, config)
     blocks = [block for _, block in tower.blocks]
+    if "mean_before_norm" in config.quirks:
+        blocks[-1].register_forward_hook(AveragePrefix(clip, sys.maxsize))  # all tokens
     if config.tubelet_size > 1:
         inflate_to_tubelets(tower.patch_conv, config.tubelet_size, config.tubelet_init)
     if config.attention == "joint_space_time":
         for block in blocks:
             make_joint(block, clip, num_shared_tokens(tower, config))
-        return Entrance(blocks[0], read_block(blocks[0]).dim)
+        return Entrance(entrance(tower, config, blocks[0]), read_block(blocks[0]).dim)
     if config.attention != "divided_space_time":
         return None
     layers = config.layers(len(blocks))
@@ -55,11 +58,34 @@ def insert_time(tower: ImageTower, config: VideoConfig, clip: ClipContext) -> En
             clip,
             init=config.temporal_init,
             gate=config.gate,
-            num_shared_tokens=num_shared_tokens(tower, config),
-            drop_path=drop_path_rate(blocks[i]),
+            **quirks_of_block(tower, config, blocks[i]),
         )
     share_prefix_tokens(tower, config, clip)
-    return Entrance(blocks[layers[0]], read_block(blocks[layers[0]]).dim)
+    return Entrance(entrance(tower, config, blocks[layers[0]]), read_block(blocks[layers[0]]).dim)
+
+
+def quirks_of_block(tower: ImageTower, config: VideoConfig, block: nn.Module) -> dict[str, Any]:
+    num_shared, quirks, kind = num_shared_tokens(tower, config), config.quirks, block_kind(block)
+    in_time = "prefix_in_time" in quirks
+    return {
+        "num_shared_tokens": 0 if in_time else num_shared,
+        "num_clip_keys": num_shared if in_time else 0,
+        "drop_path": 0.0 if "no_temporal_drop_path" in quirks else drop_path_rate(block),
+        "drop_before_gate": "drop_path_before_gate" in quirks,
+        "seen_by": child(block, kind.norm) if "block_input_residual" in quirks else None,
+    }
+
+
+def entrance(tower: ImageTower, config: VideoConfig, block: nn.Module) -> nn.Module:
+    """Where ``time_embed`` is added: at ``block``, or before the norm in front of all blocks."""
+    return norm_pre(tower) if "time_before_norm_pre" in config.quirks else block
+
+
+def norm_pre(tower: ImageTower) -> nn.Module | None:
+    """The norm between patches and blocks, where there is one: timm's ``norm_pre``, open_clip's ``ln_pre``."""
+    trunk = getattr(tower.module, "trunk", tower.module)
+    found = getattr(trunk, "norm_pre", None) or getattr(trunk, "ln_pre", None)
+    return None if isinstance(found, nn.Identity) else found
 
 
 def num_shared_tokens(tower: ImageTower, config: VideoConfig) -> int:
@@ -97,6 +123,16 @@ def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
         raise ConfigError(
             f"prefix_mode='global' needs to recompute attention over all frames and supports plain attention only, not "
             f"the {tower.position} positions and attention of {name}. Use per_frame or shared."
+        )
+    drops_patches = any(isinstance(m, PATCH_DROPOUTS) and m.prob > 0.0 for m in tower.module.modules())
+    if config.time_embed == "per_patch" and (drops_patches or tower.patch_conv is None):
+        raise ConfigError("time_embed='per_patch' needs all patches of a plain grid; use time_embed='zeros'.")
+    if "time_before_norm_pre" in config.quirks and norm_pre(tower) is None:
+        raise ConfigError(f"quirk 'time_before_norm_pre': {type(tower.module).__name__} has no norm before its blocks.")
+    if "block_input_residual" in config.quirks and (kind.post_norm or kind.attn == "" or "attns" in kind.residuals):
+        raise ConfigError(
+            f"quirk 'block_input_residual' needs a norm that only attention over space reads; in {name} it is not "
+            "alone in that. Leave it out."
         )
     if config.attention == "joint_space_time":
         if "talking-heads mixing" in read_block(block).left_behind:

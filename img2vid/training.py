@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,66 +20,28 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from img2vid.averaging import check_averaging
 from img2vid.backbones import wrap_module
-from img2vid.callbacks import CheckpointOnException, ParameterSummary, SaveModel, Throughput, WatchTime
+from img2vid.callbacks import ParameterSummary, SaveModel, Throughput, WatchTime
 from img2vid.checkpoints.native import load, load_reference
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.convert import convert
+from img2vid.data.loading import num_batches
 from img2vid.data.order import draw_seed
 from img2vid.data.transforms import InputSpec
 from img2vid.errors import Img2VidError
 from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.movement import Beginning
 from img2vid.objectives import Objective, Step, Surroundings
-from img2vid.tuning import (
-    GradualUnfreezing,
-    build_optimizer,
-    build_schedule,
-    eval_frozen,
-    freeze,
-    parameter_groups,
-    penalty,
-)
+from img2vid.objectives.base import is_of_text
+from img2vid.stopping import CheckpointOnException, StopBetweenSteps
+from img2vid.tuning import GradualUnfreezing, Tuning, eval_frozen, freeze, penalty
 
 
 class TrainingError(Img2VidError):
     """Training that cannot begin, or must not go on."""
-
-
-@dataclass
-class Tuning:
-    """How the weights are moved (img2vid.tuning has the meanings in full).
-
-    Args:
-        lr: learning rate of pretrained parameters.
-        multipliers: of the rates of ``pretrained`` (1), ``copied`` (5) and ``new`` (10) parameters, and of the text
-            tower (``text``, 1).
-        layer_decay: factor on the rate per layer, from the output down; None for none.
-        weight_decay: of matrices; norms, biases, gates and embeddings have none.
-        optimizer: ``adamw`` (betas) | ``sgd`` (momentum).
-        schedule: ``cosine`` | ``constant`` | ``step`` (at milestones, by factors).
-        warmup: steps, or a fraction of all steps below 1.
-        freeze: ``none``, ``temporal_only``, ``image``, ``text``, ``first:N``, a regular expression, or a list of these.
-        unfreeze: epoch -> how many layers from the output train from then on, or ``all``.
-        l1, l2: penalties added to the loss.
-    """
-
-    lr: float = 1e-5
-    multipliers: dict[str, float] = field(default_factory=dict)
-    layer_decay: float | None = None
-    weight_decay: float = 0.05
-    optimizer: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.98)
-    momentum: float = 0.9
-    schedule: str = "cosine"
-    warmup: int | float = 0.05
-    final: float = 0.0
-    milestones: list[int | float] = field(default_factory=list)
-    factors: float | list[float] = 0.1
-    freeze: str | list[str] = "none"
-    unfreeze: dict[int, int | str] = field(default_factory=dict)
-    l1: float = 0.0
-    l2: float = 0.0
 
 
 class VideoTraining(pl.LightningModule):
@@ -124,8 +87,10 @@ class VideoTraining(pl.LightningModule):
         eval_frozen(self.model)
         if grad_checkpointing:
             self.model.set_grad_checkpointing()
-        # where each weight began, to say in the end how far it moved; not part of the module's state
-        self.__dict__["beginning"] = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        # to say in the end how far it moved; not part of the module's state
+        self.beginning = Beginning({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        self.settings: str | None = None  # as YAML, to be saved beside the model; set by the command line
+        self.has_objective = False
 
     @property
     def tower(self) -> Any:
@@ -144,16 +109,20 @@ class VideoTraining(pl.LightningModule):
         # before a checkpoint is restored, so objectives that compare with the beginning find it
         data = self.trainer.datamodule
         class_names = getattr(data, "class_names", None)
-        self.objective.setup(
-            Surroundings(
-                self.model,
-                class_names=class_names,
-                captions=captions_of(data),
-                rank=self.trainer.global_rank,
-                world_size=self.trainer.world_size,
-                image_model=self.image_model,
+        if not self.has_objective:  # once: testing what was trained does not begin anew
+            self.objective.setup(
+                Surroundings(
+                    self.model,
+                    class_names=class_names,
+                    captions=captions_of(data),
+                    rank=self.trainer.global_rank,
+                    world_size=self.trainer.world_size,
+                    image_model=self.image_model,
+                    training=stage == "fit",
+                    sharded=isinstance(self.trainer.strategy, ModelParallelStrategy),
+                )
             )
-        )
+            self.has_objective = stage == "fit"
         if class_names is not None and self.accuracy is None:
             from torchmetrics.classification import MulticlassAccuracy
 
@@ -161,7 +130,9 @@ class VideoTraining(pl.LightningModule):
         if isinstance(self.trainer.strategy, DDPStrategy):
             # buffers are constants here; keeping them equal would be one more thing to wait for, and ranks may have
             # unequally many batches to validate
-            self.trainer.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+            option = "forward_sync_buffers"  # of torch >= 2.14
+            option = option if option in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+            self.trainer.strategy._ddp_kwargs.setdefault(option, False)
 
     def image_model(self) -> VideoModel | VideoTextModel:
         """A frozen copy of the image model as it was in the beginning, applied to each frame."""
@@ -196,27 +167,12 @@ class VideoTraining(pl.LightningModule):
                 register_fsdp_forward_method(self.model, method)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [ParameterSummary(), Throughput(), WatchTime(), CheckpointOnException(), SaveModel(self.save_to)]
+        check_averaging(self.trainer, self.model)
+        shown, stopping = [ParameterSummary(), Throughput(), WatchTime()], [StopBetweenSteps(), CheckpointOnException()]
+        return [*shown, *stopping, SaveModel(self.save_to)]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        how = self.how
-        groups = parameter_groups(
-            self.model,
-            how.lr,
-            multipliers=how.multipliers,
-            layer_decay=how.layer_decay,
-            weight_decay=how.weight_decay,
-        )
-        optimizer = build_optimizer(groups, how.optimizer, betas=how.betas, momentum=how.momentum)
-        schedule = build_schedule(
-            optimizer,
-            how.schedule,
-            total_steps=self.total_steps(),
-            warmup=how.warmup,
-            final=how.final,
-            milestones=how.milestones,
-            factors=how.factors,
-        )
+        optimizer, schedule = self.how.build(self.model, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def total_steps(self) -> int:
@@ -243,7 +199,7 @@ class VideoTraining(pl.LightningModule):
         torch.manual_seed(batch_seed(self.seed, batch, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        losses = self.objective(Step(self.model, batch, self.chunk_size))
+        losses = self.objective(self.step_of(batch, batch["clip"]))
         if self.how.l1 or self.how.l2:
             losses["penalty_loss"] = penalty(self.model, l1=self.how.l1, l2=self.how.l2)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -253,6 +209,11 @@ class VideoTraining(pl.LightningModule):
         self.log("loss", total.detach(), prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
         return total
+
+    def step_of(self, batch: Mapping[str, Any], clips: Tensor) -> Step:
+        """A batch on its way, its clips in the precision of the weights (another under ``bf16-true``)."""
+        clips = clips.to(next(self.model.parameters()).dtype)
+        return Step(self.model, {**batch, "clip": clips}, self.chunk_size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.unfreezing is not None:
@@ -264,10 +225,34 @@ class VideoTraining(pl.LightningModule):
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self.evaluate(batch, "test")
 
+    def on_validation_epoch_start(self) -> None:
+        self.evaluated = 0
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluated = 0
+
+    def on_validation_epoch_end(self) -> None:
+        sanity = self.trainer.sanity_checking
+        limit = self.trainer.num_sanity_val_steps if sanity else self.trainer.limit_val_batches
+        self.keep_pace(self.trainer.val_dataloaders, limit)
+
+    def on_test_epoch_end(self) -> None:
+        self.keep_pace(self.trainer.test_dataloaders, self.trainer.limit_test_batches)
+
+    def keep_pace(self, loader: Any, limit: int | float) -> None:
+        """Sharded blocks are put together by all processes at once: one with fewer batches joins in until the end."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for _ in range(num_batches(loader, limit)[1] - self.evaluated):
+                if not self.evaluated:
+                    raise TrainingError("There are fewer videos to evaluate than processes; sharded models need more.")
+                self.objective.predict(self.step_of({}, self.last_clips))
+
     def evaluate(self, batch: Mapping[str, Any], name: str) -> None:
         """Accuracy over classes, scores averaged over the views of a video: clip (B, V, T, C, H, W)."""
         clips, label = batch["clip"], batch["label"]
-        scores = self.objective.predict(Step(self.model, {**batch, "clip": clips.flatten(0, 1)}))
+        self.evaluated += 1
+        self.last_clips = clips.flatten(0, 1)
+        scores = self.objective.predict(self.step_of(batch, self.last_clips))
         if scores is None or self.accuracy is None:
             return
         shares = scores.float().softmax(dim=-1).unflatten(0, clips.shape[:2]).mean(dim=1)  # (B, classes)
@@ -277,10 +262,22 @@ class VideoTraining(pl.LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # after an exception within a step, the loader has given out one batch more than was learned from
-        loop = self.trainer.fit_loop
-        for state in checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", []):
-            state["batches"] = min(state["batches"], loop.epoch_loop.batch_progress.current.processed)
+        """After an exception, back to the last optimiser step.
+
+        The loader may have given out one batch more than was learned from, and batches whose gradients were still being
+        accumulated are learned from again.
+        """
+        loop = self.trainer.fit_loop.epoch_loop
+        done, every = loop.batch_progress.current.processed, self.trainer.accumulate_grad_batches
+        whole = done if done >= self.trainer.num_training_batches else done - done % every
+        state = checkpoint.get("loops", {}).get("fit_loop", {})
+        for loader in state.get("state_dict", {}).get("combined_loader", []):
+            loader["batches"] = min(loader["batches"], whole)
+        if whole < done:
+            progress = state["epoch_loop.batch_progress"]
+            back = progress["current"]["completed"] - whole
+            for count in (progress["total"], progress["current"]):
+                count["completed"] -= back
 
 
 def start(
@@ -301,7 +298,7 @@ def freeze_what_is_not_read(model: VideoModel | VideoTextModel, objective: Objec
     """Parameters that no gradient will reach: DistributedDataParallel would wait for them."""
     for name, parameter in model.named_parameters():
         is_scale = name in ("logit_scale", "logit_bias")
-        of_text = hasattr(model, "encode_text") and not name.startswith("visual.") and not is_scale
+        of_text = hasattr(model, "encode_text") and is_of_text(name)
         if (of_text and not objective.trains_text) or (is_scale and not objective.reads_scale):
             parameter.requires_grad_(False)
 

@@ -6,6 +6,7 @@ Pickles are only ever read with ``weights_only=True``: a file made to run code i
 from __future__ import annotations
 
 import argparse
+import collections
 import os
 import pickle
 import re
@@ -18,7 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from img2vid.bytecount import CountedFile, counting
 from img2vid.errors import WeightsError
+from img2vid.torchscript import is_torchscript, read_torchscript
+from img2vid.weightindex import SUFFIX, files_of_index, read_index
 
 # names that training scripts put a state dict under; of several in one file the first of these is taken, and said
 WRAPPERS = (
@@ -32,7 +36,38 @@ WRAPPERS = (
     "state_dict_ema",
     "ema",
 )
+PAGE = 4096  # bytes
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
+
+
+# what the training scripts of published checkpoints save beside weights: their settings, paths and curves
+LEFT_OUT = (
+    "parse_config.ConfigParser",  # Frozen in Time
+    "parse_config_dist_multi.ConfigParser",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "mmengine.logging.history_buffer.HistoryBuffer",  # MMAction2
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+)
+
+
+class LeftOut:
+    """Stands in for one of those, whose own code is never imported or run; it takes whatever it is given, and holds
+    nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> LeftOut:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 @dataclass
@@ -43,6 +78,7 @@ class WeightsFile:
         wrapper: the key they were under, None for a bare state dict.
         others: further state dicts beside the one that was taken.
         left_out: tensors beside it, and entries in it that are no tensors.
+        activation: of the model's MLPs, by timm's name, where the file says.
     """
 
     path: Path
@@ -50,6 +86,7 @@ class WeightsFile:
     wrapper: str | None = None
     others: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    activation: str | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -69,6 +106,8 @@ class WeightsFile:
 def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` or pickled (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) weights file, on the CPU.
 
+    The index of a checkpoint in several files (``model.safetensors.index.json``) stands for all of them.
+
     Args:
         wrapper: the key of the state dict in a file that holds several, such as ``model_ema``. By default known
             wrappers (``{"state_dict": ...}``) and prefixes that all keys share (``module.``) are taken off.
@@ -83,6 +122,8 @@ def read_weights(path: str | os.PathLike, wrapper: str | None = None) -> Weights
     """``read_state_dict`` together with what else the file held."""
     path = Path(path)
     try:
+        if is_torchscript(path):
+            return read_compiled(path)
         return unwrap(read_content(path), path, wrapper)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or short(error)}.") from error
@@ -90,8 +131,11 @@ def read_weights(path: str | os.PathLike, wrapper: str | None = None) -> Weights
 
 def read_content(path: Path) -> object:
     if path.is_dir():
+        indexes = ", ".join(sorted(str(entry) for entry in path.glob(f"*{SUFFIX}")))
         raise WeightsError(
-            f"{path} is a folder; give a weights file. A folder saved by img2vid loads with img2vid.load."
+            f"{path} is a folder; give a weights file"
+            + (f", such as the index in it: {indexes}." if indexes else ".")
+            + " A folder saved by img2vid loads with img2vid.load."
         )
     if not path.is_file():
         raise WeightsError(f"There is no weights file {path}.")
@@ -99,6 +143,9 @@ def read_content(path: Path) -> object:
         head = file.read(1024)
     if not head:
         raise WeightsError(f"{path} is empty (0 bytes); download or copy it again.")
+    files = files_of_index(path)
+    if files is not None:
+        return read_index(path, files, read_content)
     # content decides, not the suffix: files get renamed. 8 bytes of header length, then the header, which is JSON
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return read_safetensors(path)
@@ -109,11 +156,17 @@ def read_content(path: Path) -> object:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
+    state = {}
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file, counting(path.stat().st_size) as add:
+            for key in file.keys():  # noqa: SIM118, no mapping
+                state[key] = tensor = file.get_tensor(key)
+                if tensor.nbytes > PAGE:  # mapped, not yet read: touching each page brings it into memory here
+                    tensor.flatten().view(torch.uint8)[::PAGE].sum()
+                add(tensor.nbytes)
+        return state
     except (SafetensorError, ValueError, OSError) as error:
         raise WeightsError(f"{path} is damaged, truncated, or no safetensors file: {short(error)}") from error
 
@@ -121,7 +174,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> object:
     try:
         # training scripts save their options along; a Namespace is nothing but attributes
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+        known = [argparse.Namespace, collections.defaultdict, dict, *((LeftOut, name) for name in LEFT_OUT)]
+        with (
+            torch.serialization.safe_globals(known),
+            counting(path.stat().st_size) as add,
+            CountedFile(path, add) as file,
+        ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -136,6 +194,19 @@ def read_pickle(path: Path) -> object:
         raise WeightsError(f"{path} is damaged, truncated, or no PyTorch file: {short(error)}") from error
 
 
+def read_compiled(path: Path) -> WeightsFile:
+    try:
+        state, activation = read_torchscript(path)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        raise WeightsError(
+            f"{path} is a TorchScript archive whose weights cannot be read without its code, which is not run: "
+            f"{short(error)}"
+        ) from error
+    if not state:
+        raise WeightsError(f"{path} is a TorchScript archive that holds no weights.")
+    return WeightsFile(path, state, activation=activation)
+
+
 HTML = "an HTML page, probably a login or error page of a download; fetch the file itself"
 NUMPY = (
     "a NumPy archive. Let timm read it, image_model = timm.create_model(NAME); "
@@ -146,8 +217,7 @@ SIGNATURES = {
     b"<!doctype html": HTML,
     b"<html": HTML,
     b"<?xml": "an XML page, probably an error answer of a download",
-    b"{": "JSON text: an error answer of a download, or the index of a checkpoint in several files, which have to be "
-    "merged into one",
+    b"{": "JSON text, perhaps an error answer of a download",
     b"\x93numpy": NUMPY,
     b"\x89hdf": "an HDF5 file, as Keras writes them, for which there is no reader here",
     b"\x1f\x8b": "compressed (gzip); unpack it first",

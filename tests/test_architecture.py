@@ -13,7 +13,10 @@ ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
     {"_version", "errors"},
-    {"config", "weightfiles", "overlay"},
+    {"choices"},
+    {"config", "bytecount", "overlay", "keytable", "torchscript"},
+    {"weightindex"},
+    {"weightfiles"},
     {"weights"},
     {"guarantees", "command", "options"},
     {"temporal"},
@@ -24,13 +27,15 @@ TIERS = [
     {"model"},
     {"evidence", "tuning", "footprint"},
     {"liveness"},
-    {"certificate", "checkpoints", "grafts"},
+    {"certificate", "movement", "checkpoints", "grafts"},
     {"inspection", "convert", "interpolation", "evaluation", "export"},
-    {"callbacks", "estimate"},
+    {"averaging", "callbacks", "stopping", "estimate"},
     {"training"},
     {"fit"},
+    {"demo", "doctor"},
+    {"commands"},
     {"cli", "__init__"},
-    {"__main__"},
+    {"__main__", "demo.__main__"},
 ]
 LEAVES = {"data", "objectives", "reporting", "plots"}
 

@@ -257,6 +257,38 @@ def test_liveness_by_layer(gate):
         assert layer.attention[1] > 0
 
 
+def mixed_up(attention, how):
+    """A temporal attention that folds its tokens wrongly, so that tokens meet those of other positions."""
+    forward = attention.forward
+
+    def wrong(x, num_frames):
+        if how == "next position":
+            return forward(x.roll(1, dims=1), num_frames)
+        if how == "one for all":
+            return forward(x, num_frames).mean(dim=1, keepdim=True).expand_as(x)
+        flat = x.reshape(x.shape[1], x.shape[0], x.shape[2]).transpose(0, 1)  # as if x were (N, B*T, D)
+        return forward(flat, num_frames).transpose(0, 1).reshape(x.shape)
+
+    return wrong
+
+
+@pytest.mark.parametrize("gate", ["temporal_fc", "tanh"])
+@pytest.mark.parametrize("prefix_mode", ["per_frame", "shared"])
+@pytest.mark.parametrize("how", ["next position", "one for all", "wrong order"])
+def test_tokens_attend_along_their_own_position(how, prefix_mode, gate):
+    """Behind closed gates and by gradients alone, attention between wrong positions looks as good as the right one."""
+    video, image = make(prefix_mode=prefix_mode, gate=gate)
+    certificate = certify(video, image)
+    assert certificate.ok and [layer.stray for layer in certificate.liveness[:3]] == [0.0] * 3
+    assert "at each token's own position alone" in " ".join(str(certificate).split())
+    attention = video.tower.blocks[1][1].temporal_attn
+    attention.forward = mixed_up(attention, how)
+    certificate = certify(video, image)
+    assert [layer.stray == 0.0 for layer in certificate.liveness[:3]] == [True, False, True]
+    assert certificate.held and not certificate.ok
+    assert "in blocks.1 tokens attend along other positions" in " ".join(str(certificate).split())
+
+
 def test_text_tower_is_compared():
     model, image = make(small_clip())
     assert certify(model, image).text_difference == 0

@@ -10,6 +10,7 @@ from img2vid.backbones.open_clip_weights import fit_positions
 from img2vid.backbones.open_clip_weights import load_file as load_clip_file
 from img2vid.backbones.timm_weights import load_file
 from img2vid.errors import WeightsError
+from img2vid.temporal.embeddings import resample_pos_embed
 from tests.conftest import randomize, small_clip
 
 TINY = {"depth": 1, "embed_dim": 48, "num_heads": 4}
@@ -64,7 +65,7 @@ def test_what_timms_reader_leaves_out_is_named(tmp_path):
     with pytest.warns(UserWarning, match="'model' was taken, model_ema left"):
         img2vid.convert("vit_tiny", weights=path, backbone_args=TINY)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY)
-    assert len(load_file(model, path).loaded) == len(state)
+    assert len(load_file(model, path)[0].loaded) == len(state)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_open_clip_positions_of_a_timm_trunk():
 def test_a_logit_bias_that_the_file_lacks_is_zero_and_said(tmp_path):
     model, donor = small_clip(init_logit_bias=-10.0), small_clip()
     torch.save(donor.state_dict(), tmp_path / "w.pth")
-    report = load_clip_file(model, describe(model.visual), tmp_path / "w.pth")
+    report, _ = load_clip_file(model, describe(model.visual), tmp_path / "w.pth")
     assert model.logit_bias.item() == 0.0
     assert report.notes == ["logit_bias is not in the file and was set to zero, which changes nothing."]
 
@@ -150,3 +151,21 @@ def test_converting_says_it(tmp_path, capsys):
     assert "Resampled: pos_embed (grid 4 x 4 to 2 x 2)." in said
     assert "Dropped on purpose from the file: head.bias, head.weight." in said
     assert img2vid.load(tmp_path / "m").image_weights == "the file w.pth"
+
+
+def test_the_grid_of_a_table_that_is_not_square_can_be_stated(tmp_path):
+    path = tmp_path / "w.pth"
+    model = timm_file(path, img_size=(64, 32))
+    with pytest.raises(WeightsError, match=r"a table of 8 patches, no square, .*'img_size': \(256, 128\)"):
+        load_vit(path, image_size=(128, 64))
+    stated = {**TINY, "img_size": (64, 32)}
+    as_it_is = load_backbone("vit_tiny", weights=path, arguments=stated)
+    assert torch.equal(as_it_is.model.pos_embed, model.pos_embed)
+    assert "grid of 4 rows x 2 columns, which a file does not say" in as_it_is.report.notes[0]
+    larger = load_backbone("vit_tiny", weights=path, arguments=stated, image_size=(128, 64))
+    torch.testing.assert_close(larger.model.pos_embed, resample_pos_embed(model.pos_embed, (8, 4), (4, 2), 1))
+    assert larger.report.resampled == ["positions (images of 64 x 32 to 128 x 64 pixels)"]
+    with pytest.warns(UserWarning, match="4 rows x 2 columns"):
+        video = img2vid.convert("vit_tiny", weights=path, backbone_args=stated, image_size=(128, 64))
+    video.save_pretrained(tmp_path / "saved")
+    assert torch.equal(img2vid.load(tmp_path / "saved").pos_embed, larger.model.pos_embed)

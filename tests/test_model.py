@@ -373,7 +373,11 @@ def test_the_same_module_is_not_converted_twice():
         VideoModel(image_model, VideoConfig())
 
 
-@pytest.mark.parametrize("settings", [{}, {"attention": "joint_space_time", "prefix_mode": "shared"}], ids=str)
+JOINT = {"attention": "joint_space_time", "prefix_mode": "shared"}
+EXPORTED = [{}, {"prefix_mode": "shared"}, {"prefix_mode": "global"}, JOINT]
+
+
+@pytest.mark.parametrize("settings", EXPORTED, ids=str)
 def test_export_with_any_batch_and_number_of_frames(settings, clips):
     video, _ = make(small_vit(), **settings)
     randomize(video, seed=9)

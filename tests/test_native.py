@@ -1,17 +1,23 @@
 """Model folders: save, load, hub methods."""
 
+import dataclasses
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, hub_mixin
 
 import img2vid
+from img2vid.backbones.names import parse_name
 from img2vid.checkpoints import native
+from img2vid.checkpoints.card import model_card
 from img2vid.errors import WeightsError
 from tests.conftest import randomize, small_clip, small_vit
+from tests.parity import made
 
 
 @pytest.fixture
@@ -122,29 +128,98 @@ def test_file_permissions_are_the_usual_ones(model, tmp_path):
         assert (tmp_path / "m" / name).stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_push_to_hub_uploads_the_folder(model, tmp_path, monkeypatch):
-    """The hub's client is replaced by one that copies to a local folder; loading comes from there."""
-    import shutil
+class LocalHub:
+    """The hub's client, with folders for repositories: what would be uploaded is there to be looked at."""
 
-    from huggingface_hub import hub_mixin
+    def __init__(self, home):
+        self.home, self.asked = home, []
 
-    class LocalHub:
-        def __init__(self, token=None):
-            pass
+    def __call__(self, token=None):
+        self.asked.append({"token": token})
+        return self
 
-        def create_repo(self, repo_id, **kwargs):
-            return type("Url", (), {"repo_id": repo_id})
+    def create_repo(self, repo_id, **kwargs):
+        self.asked.append({"repo_id": repo_id, **kwargs})
+        return type("Url", (), {"repo_id": repo_id})
 
-        def upload_folder(self, repo_id, folder_path, **kwargs):
-            shutil.copytree(folder_path, tmp_path / repo_id)
-            return f"local/{repo_id}"
+    def upload_folder(self, repo_id, folder_path, **kwargs):
+        self.asked.append(kwargs)
+        shutil.copytree(folder_path, self.home / repo_id)
+        return f"local/{repo_id}"
 
-    monkeypatch.setattr(hub_mixin, "HfApi", LocalHub)
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = LocalHub(tmp_path / "hub")
+    monkeypatch.setattr(hub_mixin, "HfApi", hub)
+    monkeypatch.setattr("img2vid.checkpoints.saving.snapshot_download", lambda repo, **kwargs: hub.home / repo)
+    return hub
+
+
+def test_push_to_hub_uploads_the_folder(model, hub):
     assert model.push_to_hub("someone/model") == "local/someone/model"
-    monkeypatch.setattr("img2vid.checkpoints.saving.snapshot_download", lambda repo, **kwargs: tmp_path / repo)
     again = img2vid.VideoModel.from_pretrained("someone/model")
     assert equal(model.state_dict(), again.state_dict())
-    assert "library_name: img2vid" in (tmp_path / "someone/model/README.md").read_text()
+    assert again.config == model.config
+    uploaded = {path.name for path in (hub.home / "someone/model").iterdir()}
+    assert uploaded == {"model.safetensors", "config.json", "README.md"}
+    card = ModelCard.load(hub.home / "someone/model/README.md")  # the hub's own reader
+    assert card.data.library_name == "img2vid"
+    assert card.data.pipeline_tag == "video-classification"
+    assert card.data.base_model is None  # random weights come from nowhere
+    assert "No certificate was made" in card.text
+
+
+def test_the_certificate_goes_along(hub, tmp_path):
+    model, reference = img2vid.convert(small_clip()), small_clip()
+    certificate = img2vid.certify(model, reference, num_frames=(1, 2))
+    options = {"commit_message": "first", "private": True, "token": "hf_x", "branch": "try"}
+    model.push_to_hub("someone/clip", certificate=certificate, **options)
+    assert {"token": "hf_x"} in hub.asked
+    assert any(asked.get("private") is True for asked in hub.asked)
+    assert any(asked.get("commit_message") == "first" and asked["revision"] == "try" for asked in hub.asked)
+    folder = hub.home / "someone/clip"
+    assert json.loads((folder / "certificate.json").read_text())["ok"] is True
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "zero-shot-image-classification"
+    assert "Result      OK" in card.text
+    again = img2vid.VideoTextModel.from_pretrained("someone/clip", image_model=small_clip())
+    assert equal(model.state_dict(), again.state_dict())
+    model.save_pretrained(tmp_path / "both", certificate=certificate, push_to_hub=True, repo_id="someone/both")
+    for path in (tmp_path / "both", hub.home / "someone/both"):
+        assert json.loads((path / "certificate.json").read_text())["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("backbone", "image_weights", "expected"),
+    [
+        (
+            "vit_tiny",
+            "timm vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+            "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+        ),
+        ("vit_tiny", "the file mine.pth", None),
+        ("timm:vit_tiny_patch16_224", "timm vit_tiny_patch16_224", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+        ("clip_b16_laion2b", "open_clip ViT-B-16/laion2b_s34b_b88k", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"),
+        ("nano_clip", "the file nano_clip.safetensors", None),
+    ],
+)
+def test_the_card_names_the_repository_of_the_image_model(model, backbone, image_weights, expected):
+    model.image_weights = image_weights
+    model.__dict__["config"] = dataclasses.replace(model.config, backbone=str(parse_name(backbone)))
+    assert ModelCard(model_card(model, None)).data.base_model == expected
+
+
+def test_the_card_of_an_imported_model_says_what_is_different(tmp_path, hub):
+    torch.save(made.frozen_in_time(), tmp_path / "cc-webvid.pth")
+    model = img2vid.import_checkpoint(tmp_path / "cc-webvid.pth", num_heads=4)
+    model.push_to_hub("someone/frozen")
+    text = ModelCard.load(hub.home / "someone/frozen/README.md").text
+    assert "Frozen in Time's video tower: cc-webvid.pth" in text
+    assert "- `block_input_residual`: attention over space is added to what entered the block" in text
+    again = img2vid.VideoModel.from_pretrained("someone/frozen")
+    assert equal(model.state_dict(), again.state_dict())
+    assert again.config.quirks == model.config.quirks
 
 
 def test_a_repository_that_cannot_be_reached():

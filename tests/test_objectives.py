@@ -130,14 +130,21 @@ def test_words_never_met_are_told_apart_and_old_ones_kept():
 
     before, old = likeness()
     objective = Classification(
-        "text", "caption", train_text=True, spread=1.0, spread_steps=20, keep_text=1.0, keep_prompts=kept
+        "text",
+        "caption",
+        train_text=True,
+        spread=1.0,
+        spread_steps=20,
+        keep_classes=0.5,
+        keep_text=1.0,
+        keep_prompts=kept,
     )
     objective.setup(Surroundings(model, captions=captions))
     after, new = likeness()
     assert before > 0.99 and after < 0.8
     assert (old * new).sum(-1).min() > 0.9
     losses = objective(Step(model, batch(4, caption=captions)))
-    assert set(losses) == {"classification_loss", "text_spread_loss", "text_keep_loss"}
+    assert set(losses) == {"classification_loss", "text_spread_loss", "class_keep_loss", "text_keep_loss"}
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
@@ -310,7 +317,10 @@ def test_interpolated_weights_score_a_point_on_the_line():
         (lambda: Classification("text", prompts=["a video"]), "where the class name goes"),
         (lambda: Classification("text", spread=1.0), "train_text=true or spread_steps"),
         (lambda: Classification("text", train_text=True, spread_steps=3), "give spread a weight"),
-        (lambda: Classification("text", train_text=True, keep_prompts=["a dog"]), "give it a weight"),
+        (lambda: Classification("text", train_text=True, keep_prompts=["a dog"]), "give both or neither"),
+        (lambda: Classification("text", train_text=True, keep_text=1.0), "give both"),
+        (lambda: Classification("text", train_text=True, keep_text=1.0, keep_prompts=["a {}"]), "keep_names"),
+        (lambda: Classification("text", keep_classes=1.0), "train_text=true or spread_steps"),
         (lambda: Classification(label_smoothing=1.0), "from 0 to below 1"),
         (lambda: Contrastive("infonce"), "clip, siglip"),
         (lambda: Distillation(features=0.0), "does nothing"),

@@ -49,7 +49,7 @@ def test_the_two_setup_commands():
     commands = [block.strip() for block in snippets("bash") if "venv" in block]
     assert len(commands) == 2
     assert commands[0].endswith(".venv/bin/python -m img2vid.convert --backbone nano_clip")
-    assert commands[1].endswith("python -m pytest")
+    assert commands[1].endswith("python -m pytest -n auto")
 
 
 def test_links_lead_somewhere():

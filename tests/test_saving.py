@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import img2vid
+from img2vid.backbones.from_open_clip import set_image_size
 from img2vid.checkpoints import folders, native
 from img2vid.checkpoints.card import model_card
 from img2vid.errors import WeightsError
@@ -292,3 +293,57 @@ def test_where_image_weights_came_from_is_kept(tmp_path):
     again = img2vid.load(tmp_path / "m")
     assert again.visual.image_weights == "the file nano_clip.safetensors"
     assert str(tmp_path) not in (tmp_path / "m" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("make", [tiny, lambda: img2vid.convert("nano_clip", num_frames=2)], ids=["vit", "nano_clip"])
+def test_a_model_that_could_not_be_loaded_again_is_not_saved(tmp_path, make):
+    """What a library's own methods change after the conversion, the configuration does not know."""
+    model = make()
+    tower = getattr(model, "visual", model)
+    change = getattr(tower, "set_input_size", None) or (lambda size: set_image_size(tower.base, tower.tower, size))
+    change((64, 64))
+    with pytest.raises(WeightsError, match=r"Nothing was saved.*convert with image_size=\(64, 64\) instead"):
+        model.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_another_head_or_block_is_not_saved(tmp_path):
+    model = tiny(backbone_args={"depth": 2})
+    model.reset_classifier(10)
+    with pytest.raises(
+        WeightsError, match=r"num_classes=N instead.*\n    head\.bias: \(10,\) in the model, nothing in wh"
+    ):
+        model.save_pretrained(tmp_path / "m")
+    model.reset_classifier(0)
+    model.save_pretrained(tmp_path / "m")
+    assert equal(img2vid.load(tmp_path / "m"), model)
+    del model.blocks[1]
+    with pytest.raises(WeightsError, match=r"blocks\.1\.norm1\.bias: nothing in the model, \(192,\) in what would"):
+        model.save_pretrained(tmp_path / "m")
+    # one without a name is built again by the user, who may do the same to it
+    video = img2vid.convert(small_vit(), num_frames=2)
+    video.reset_classifier(10)
+    video.save_pretrained(tmp_path / "given")
+    image_model = small_vit()
+    image_model.reset_classifier(10)
+    assert equal(img2vid.load(tmp_path / "given", image_model=image_model), video)
+
+
+def test_a_rotary_model_that_was_resized_is_not_saved(tmp_path):
+    """Its weights have the same shapes at any size."""
+    arguments = {"depth": 1, "embed_dim": 48, "num_heads": 4}
+    settings = {"num_frames": 2, "image_size": 32, "backbone_args": arguments}
+    model = img2vid.convert("timm:vit_small_patch16_dinov3", random_weights=True, **settings)
+    model.set_input_size((64, 64))
+    with pytest.raises(WeightsError, match=r"resized after the conversion, from 32 x 32 to 64 x 64"):
+        model.save_pretrained(tmp_path / "m")
+
+
+def test_data_parallel():
+    model = tiny()
+    clips = torch.randn(2, 2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(torch.nn.DataParallel(model)(clips), model(clips))  # one device, or none: the model itself
+    for module in (model, img2vid.convert(small_clip(), num_frames=2)):
+        with pytest.raises(RuntimeError, match=r"nn\.DataParallel.*Use DistributedDataParallel"):
+            module._replicate_for_data_parallel()

@@ -353,6 +353,17 @@ def test_the_text_tower_has_a_rate_of_its_own():
     assert {"text/pretrained", "pretrained"} <= {group["name"] for group in parameter_groups(model, 1.0)}
 
 
+def test_the_time_embedding_has_a_rate_of_its_own():
+    model = video_clip()
+    for layer_decay in (None, 0.5):
+        groups = parameter_groups(model, 1.0, multipliers={"new": 2.0, "time_embed": 3.0}, layer_decay=layer_decay)
+        plain = parameter_groups(model, 1.0, multipliers={"new": 2.0}, layer_decay=layer_decay)
+        rates, before = ({id(p): g["lr"] for g in found for p in g["params"]} for found in (groups, plain))
+        changed = {key: rates[key] / before[key] for key in rates if rates[key] != before[key]}
+        assert changed == {id(model.visual.time_embed): 3.0}
+        assert len({group["name"] for group in groups}) == len(groups)
+
+
 def test_weight_decay_pulls_matrices_only():
     names = decayed_names(video_clip(gate="tanh"))
     assert names == {

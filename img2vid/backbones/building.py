@@ -13,6 +13,7 @@ from torch import nn
 
 from img2vid.config import shown
 from img2vid.errors import BackboneError, Img2VidError
+from img2vid.weightindex import bytes_of
 
 log = logging.getLogger("img2vid")  # commands show it
 
@@ -41,8 +42,28 @@ def say_loading(name: str, model: nn.Module, weights: str | Path | None, random_
     """Announce what is about to take its time, with its size. ``model`` may be on the meta device."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     if weights is not None:
-        size = f", {os.path.getsize(weights) / 1e6:,.0f} MB" if os.path.isfile(weights) else ""
+        size = f", {bytes_of(Path(weights)) / 1e6:,.0f} MB" if os.path.isfile(weights) else ""
         source = f"from {weights}{size}"
     else:
         source = "with random weights" if random_weights else "from its library's cache, or downloading it"
     log.info("Building %s (%s%.1f M parameters) %s.", name, part, millions, source)
+
+
+def set_norm_eps(model: nn.Module, eps: float | dict[str, float] | None) -> None:
+    """What norms add to a variance, in place, where the weights were trained with another value than the library's.
+
+    Args:
+        eps: one for all norms, or by the path of the norm, ``""`` for all others; None leaves them.
+    """
+    if eps is None:
+        return
+    by_path = eps if isinstance(eps, dict) else {"": eps}
+    norms = {path: module for path, module in model.named_modules() if isinstance(getattr(module, "eps", None), float)}
+    wrong = [path for path, value in by_path.items() if path not in ("", *norms) or not isinstance(value, float)]
+    if wrong or not norms:
+        raise BackboneError(
+            f"norm_eps={shown(eps)}: expected a number such as 1e-12, or numbers by the path of a norm. "
+            f"{type(model).__name__} has {', '.join(norms) or 'none'}."
+        )
+    for path, module in norms.items():
+        module.eps = by_path.get(path, by_path.get("", module.eps))

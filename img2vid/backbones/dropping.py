@@ -9,6 +9,8 @@ from torch import nn
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.dropping import ClipDropPath, ClipPatchDropout
 
+PATCH_DROPOUTS = (PatchDropout, PatchDropoutWithIndices, open_clip_transformer.PatchDropout, ClipPatchDropout)
+
 
 def drop_once_per_clip(tower: nn.Module, clip: ClipContext) -> None:
     """Replace every stochastic-depth and patch-dropout layer in ``tower``; none of them has weights or keys."""

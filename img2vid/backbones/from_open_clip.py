@@ -19,7 +19,8 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from img2vid.backbones.building import building, say_loading
+from img2vid.backbones.activations import set_activation
+from img2vid.backbones.building import building, say_loading, set_norm_eps
 from img2vid.backbones.from_timm import check_divisible, describe_timm
 from img2vid.backbones.hub import ONLINE, fetching
 from img2vid.backbones.names import EXPECTED, BackboneName
@@ -79,6 +80,7 @@ def load_open_clip(
         )
     described = dict(arguments or {})
     arguments = {**tag_arguments(name), **described}
+    norm_eps, activation = arguments.pop("norm_eps", None), arguments.pop("activation", None)
     fetch_text_config(name)
     with building(str(name), described):
         skeleton = vision_skeleton(name, arguments)
@@ -96,11 +98,14 @@ def load_open_clip(
             )
         if random_weights:
             draw_projection(model)
+    set_norm_eps(model, norm_eps)
+    set_activation(model, activation)
     source = None if random_weights else f"open_clip {name.architecture}/{name.tag}".removesuffix("/None")
     tower, report = describe_open_clip(model.visual), LoadReport()
     set_image_size(model.visual, tower, image_size)  # first, so that a file of that size goes in as it is
     if weights is not None:
-        report = load_file(model, describe_open_clip(model.visual), weights)
+        report, learned = load_file(model, describe_open_clip(model.visual), weights)
+        described.update(learned)
         source = f"the file {Path(weights).name}"
     return Backbone(model.eval(), describe_open_clip(model.visual), str(name), described, source, report)
 

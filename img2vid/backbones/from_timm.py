@@ -11,8 +11,9 @@ import torch
 from timm.models import cait
 from torch import nn
 
+from img2vid.backbones.activations import set_activation
 from img2vid.backbones.any_size import set_cait_size
-from img2vid.backbones.building import building, say_loading
+from img2vid.backbones.building import building, say_loading, set_norm_eps
 from img2vid.backbones.hub import fetching
 from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
@@ -52,16 +53,20 @@ def load_timm(
 
     Args:
         name: architecture and tag.
-        weights: local file instead of timm's pretrained weights; timm's own filter for the architecture reads foreign
-            layouts (DINOv2, MAE, OpenAI CLIP, ...), then every key is accounted for.
+        weights: local file, or folder of transformers, instead of timm's pretrained weights; timm's own filter for the
+            architecture reads foreign layouts (DINOv2, MAE, OpenAI CLIP, ...), then every key is accounted for. A file
+            whose patch grid is not square does not say so: give the size it was trained at as
+            ``arguments["img_size"]``.
         random_weights: no weights at all.
         image_size: pixels (height, width); position embeddings are resampled.
-        arguments: further keyword arguments of ``timm.create_model``, such as ``drop_path_rate``.
+        arguments: further keyword arguments of ``timm.create_model``, such as ``drop_path_rate``; and ``norm_eps``
+            and ``activation``, which weights can need and the factory does not take.
     """
     check_known(name)
     arguments = dict(arguments or {})
     full_name = name.architecture + (f".{name.tag}" if name.tag else "")
     described = dict(arguments)
+    norm_eps, activation = arguments.pop("norm_eps", None), arguments.pop("activation", None)
     with building(str(name), described):
         arguments, model = with_any_size(full_name, {"num_classes": 0, **arguments})
     tower = describe_timm(model)  # refuse before downloading anything
@@ -79,16 +84,29 @@ def load_timm(
         with building(str(name), described), fetching(f"the pretrained weights of {name}"):
             model = timm.create_model(full_name, pretrained=True, **arguments)
         source = f"timm {full_name}"
+        set_norm_eps(model, norm_eps)
+        set_activation(model, activation)
         set_image_size(model, image_size)
     else:
         if device != "meta":
             with building(str(name), described), torch.device(device):
                 model = timm.create_model(full_name, pretrained=False, **arguments)
         source = None
-        set_image_size(model, image_size)  # first, so that a file of that size goes in as it is
+        set_norm_eps(model, norm_eps)
+        set_activation(model, activation)
+        size_of_file = describe_timm(model).image_size if weights is not None and "img_size" in described else None
+        if size_of_file is None:
+            set_image_size(model, image_size)  # first, so that a file of that size goes in as it is
         if weights is not None:
-            report = load_file(model, weights)
+            report, learned = load_file(model, weights)
+            described.update(learned)
             source = f"the file {Path(weights).name}"
+        if size_of_file is not None:  # the factory was told at which size the file was trained
+            set_image_size(model, image_size)
+            new = describe_timm(model).image_size
+            if new != size_of_file:
+                sizes = " to ".join(f"{height} x {width}" for height, width in (size_of_file, new))
+                report.resampled.append(f"positions (images of {sizes} pixels)")
     return Backbone(model.eval(), describe_timm(model), str(name), described, source, report)
 
 

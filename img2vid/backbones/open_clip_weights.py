@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.convert import convert_state_dict
@@ -11,23 +12,34 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
+from img2vid.backbones.activations import activations_of, set_activation
+from img2vid.backbones.image_files import ImageFile, read_image_file
 from img2vid.backbones.timm_weights import to_timm_layout
 from img2vid.backbones.tower import ImageTower
 from img2vid.errors import WeightsError
 from img2vid.temporal.embeddings import resample_pos_embed
-from img2vid.weights import LoadReport, load_weights, read_weights, short
+from img2vid.weights import LoadReport, load_weights, short
 
 # sizes that OpenAI kept among the weights, and a table that transformers once saved
-DROPPED = [r"input_resolution|context_length|vocab_size", r"text\.transformer\.embeddings\.position_ids"]
+DROPPED = [
+    r"input_resolution|context_length|vocab_size",
+    r"text\.transformer\.embeddings\.position_ids",
+    r"(.*\.)?attn_mask",  # a table that archives keep and models make themselves
+]
 
 
-def load_file(model: nn.Module, tower: ImageTower, path: str | Path) -> LoadReport:
-    """Load a local weights file; MobileCLIP's layout and the older one of CLIP are brought to the model's.
+def load_file(model: nn.Module, tower: ImageTower, path: str | Path) -> tuple[LoadReport, dict[str, Any]]:
+    """Load a local weights file or a folder of transformers; MobileCLIP's layout and CLIP's older one are made the
+    model's.
+
+    Returns:
+        Where every key went; and arguments that a model for these weights is built with, beyond what it was.
 
     Raises:
         WeightsError: it cannot be read, is of another architecture or patch size, or its keys do not fit.
     """
-    file = read_weights(path)
+    file = read_image_file(path)
+    check_function(model, tower, file, path)
     try:
         state = convert_state_dict(model, dict(file.state))
         if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
@@ -43,8 +55,52 @@ def load_file(model: nn.Module, tower: ImageTower, path: str | Path) -> LoadRepo
         notes.append("logit_bias is not in the file and was set to zero, which changes nothing.")
     resampled = fit_positions(model.visual, tower, state, str(path))
     report = load_weights(model, state, allow_dropped=DROPPED, source=str(path))
+    if file.pixels is not None:
+        model.visual.preprocess_cfg = {**(getattr(model.visual, "preprocess_cfg", None) or {}), **vars(file.pixels)}
     report.resampled, report.notes = resampled, notes
-    return report
+    changed = take_activation(model, file, notes)
+    return report, {"activation": changed} if changed else {}
+
+
+def take_activation(model: nn.Module, file: ImageFile, notes: list[str]) -> dict[str, str]:
+    """Give the towers the activations that the file says its weights were trained with; which ones that changed."""
+    text = "text" if hasattr(model, "text") else "transformer"
+    changed = {}
+    for path, wanted in (("visual", file.activation), (text, file.text.get("activation"))):
+        own = activations_of(model.get_submodule(path))
+        if wanted is not None and own and own != [wanted]:
+            changed[path] = wanted
+            notes.append(f"The activation of {path} is {wanted} now, as in the file, instead of {', '.join(own)}.")
+    set_activation(model, changed)
+    return changed
+
+
+def check_function(model: nn.Module, tower: ImageTower, file: ImageFile, path: str | Path) -> None:
+    """Refuse weights whose file says that they were trained in another function than the model's.
+
+    Raises:
+        WeightsError: another number of heads, or another ``eps`` in the norms.
+    """
+    blocks = [block for _, block in tower.blocks]
+    text = getattr(model, "text", model)
+    text_blocks = list(getattr(getattr(text, "transformer", None), "resblocks", ()))
+    for which, own, heads, eps in (
+        ("image tower", blocks, file.num_heads, file.norm_eps),
+        ("text tower", text_blocks, file.text.get("num_heads"), file.text.get("norm_eps")),
+    ):
+        if not own:
+            continue
+        found = {"attention heads": own[0].attn.num_heads, "as eps of its norms": norm_of(own[0]).eps}
+        for what, expected in (("attention heads", heads), ("as eps of its norms", eps)):
+            if expected is not None and found[what] != expected:
+                raise WeightsError(
+                    f"{path}: the {which} has {expected} {what}, the model built here {found[what]}: its weights would "
+                    "fit and be another function. Choose the architecture that has it."
+                )
+
+
+def norm_of(block: nn.Module) -> nn.Module:
+    return block.norm1 if hasattr(block, "norm1") else block.ln_1
 
 
 def fit_positions(visual: nn.Module, tower: ImageTower, state: dict[str, Tensor], source: str) -> list[str]:

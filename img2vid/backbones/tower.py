@@ -49,6 +49,11 @@ class ImageTower:
     preprocess: Preprocess = field(default_factory=Preprocess)
     pads: bool = False
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (rows, columns) of an image of ``image_size``."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
 
 @dataclass
 class Backbone:

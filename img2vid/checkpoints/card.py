@@ -5,23 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import timm
+from open_clip.pretrained import get_pretrained_cfg
 from torch import Tensor
 
 from img2vid._version import __version__
+from img2vid.backbones.names import parse_name
+from img2vid.config import QUIRKS, VideoConfig
 from img2vid.guarantees import Guarantee
 
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
     from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.movement import Movement
 
 
 def model_card(
-    model: VideoModel | VideoTextModel, certificate: Certificate | None, state: Mapping[str, Tensor] | None = None
+    model: VideoModel | VideoTextModel,
+    certificate: Certificate | None,
+    state: Mapping[str, Tensor] | None = None,
+    movement: Movement | None = None,
 ) -> str:
     """Markdown with the hub's front matter: what it was made from, how, what was proven, and how to run it.
 
     Args:
         state: the weights, where the model holds only its share of them; None for the model's own.
+        movement: how far training moved it.
     """
     zeros = model.zero_parameters()
     values = zeros if state is None else state
@@ -33,7 +42,7 @@ def model_card(
     settings = "\n".join(
         f"| {name} | {value} |"
         for name, value in config.to_dict().items()
-        if value not in (None, {}) and name != "backbone"
+        if value not in (None, {}, ()) and name not in ("backbone", "quirks")
     )
     run = (
         f'clip = img2vid.read_clip("video.mp4", num_frames={config.num_frames})'
@@ -50,9 +59,11 @@ def model_card(
         if certificate is not None
         else "No certificate was made when this was saved. Run `img2vid certify FOLDER`."
     )
+    made_from = f"base_model: {hub_name}\n" if (hub_name := base_model(video)) else ""
+    trained = f"\n\n{movement}" if movement is not None else ""
     return f"""---
 library_name: img2vid
-pipeline_tag: {"zero-shot-image-classification" if has_text else "video-classification"}
+{made_from}pipeline_tag: {"zero-shot-image-classification" if has_text else "video-classification"}
 tags:
 - img2vid
 - video
@@ -62,12 +73,12 @@ tags:
 
 A {kind} made from **{source}** by img2vid {__version__}. {origin_of_weights(video)}
 
-{step_zero(video, moved)}
+{step_zero(video, moved)}{trained}
 
 | setting | value |
 |---|---|
 {settings}
-
+{peculiarities(config)}
 ## Certificate
 
 {proven}
@@ -81,6 +92,28 @@ model = img2vid.load("this folder")
 {run}
 ```
 """
+
+
+def base_model(video: VideoModel) -> str | None:
+    """The repository on the hub that the image weights came from, where they came from there."""
+    name = video.config.backbone
+    if name is None or not video.image_weights.startswith(("timm ", "open_clip ")):
+        return None  # random, from a file, or a video checkpoint's
+    parsed = parse_name(name)
+    if parsed.library == "timm":
+        described = timm.get_pretrained_cfg(str(parsed).removeprefix("timm:"))
+        home = getattr(described, "hf_hub_id", None)
+        return f"{home}{described.architecture}.{described.tag}" if home and home.endswith("/") else home
+    if parsed.scheme == "hf-hub:":
+        return parsed.place
+    home = (get_pretrained_cfg(parsed.architecture, parsed.tag) or {}).get("hf_hub", "") if parsed.tag else ""
+    return "/".join(home.split("/")[:2]) or None
+
+
+def peculiarities(config: VideoConfig) -> str:
+    """What it does differently from a model that img2vid converts; a paragraph, or nothing."""
+    lines = "".join(f"- `{name}`: {QUIRKS[name]}\n" for name in config.quirks)
+    return f"\nDifferent from what img2vid does by default:\n\n{lines}" if lines else ""
 
 
 def origin_of_weights(video: VideoModel) -> str:

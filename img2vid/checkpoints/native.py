@@ -3,6 +3,8 @@
 model.safetensors   all weights, image keys under the image library's names; its header repeats config.json
 config.json         kind of model, VideoConfig, pixel statistics, versions
 certificate.json    what was proven when it was converted (optional)
+moved.json          how far training moved it from where it began (optional)
+training.yaml       what it was trained with (optional)
 README.md           model card
 """
 
@@ -22,10 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from img2vid._version import __version__
-from img2vid.backbones import Backbone, describe, load_backbone, wrap_module
+from img2vid.backbones import describe, wrap_module
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.description import check_description, check_structure, structure
 from img2vid.checkpoints.folders import LEFTOVER, replacing
+from img2vid.checkpoints.rebuilding import build_backbone, check_rebuildable
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError, WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
@@ -34,8 +37,10 @@ from img2vid.weights import load_weights
 
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
+    from img2vid.movement import Movement
 
 WEIGHTS, CONFIG, CERTIFICATE, CARD = "model.safetensors", "config.json", "certificate.json", "README.md"
+MOVED, SETTINGS = "moved.json", "training.yaml"
 HEADER = "img2vid"  # the entry of the safetensors header that repeats config.json
 FORMAT = 1
 UNKNOWN = "a source that was not noted"
@@ -46,6 +51,8 @@ def save(
     folder: str | Path,
     certificate: Certificate | None = None,
     state: Mapping[str, Tensor] | None = None,
+    movement: Movement | None = None,
+    settings: str | None = None,
 ) -> Path:
     """Write a model folder. Killed at any moment, it leaves the model that was there or the new one, whole.
 
@@ -53,24 +60,33 @@ def save(
 
     Args:
         state: the weights, where the model holds only its share of them (FSDP); None for the model's own.
+        movement: how far training moved it, for ``moved.json`` and the card.
+        settings: what it was trained with, as YAML, for ``training.yaml``.
 
     Raises:
-        WeightsError: the folder holds something else, or cannot be written; the message says why.
+        WeightsError: the folder holds something else, or cannot be written; or the model was changed so that it could
+            not be loaded again. The message says why.
     """
     from img2vid.checkpoints.card import model_card
 
     folder = Path(folder)
     check_replaceable(folder)
+    state = model.state_dict() if state is None else state
+    check_rebuildable(model, state)
     described = json.dumps(describe_model(model), indent=2)
     try:
-        with replacing(folder, (WEIGHTS, CONFIG, CARD, CERTIFICATE), outdated=[CERTIFICATE]) as temporary:
+        about = (CERTIFICATE, MOVED, SETTINGS)
+        with replacing(folder, (WEIGHTS, CONFIG, CARD, *about), outdated=about) as temporary:
             # one entry only: safetensors writes several in random order, and equal models should be equal files
-            weights = separate(model.state_dict() if state is None else state)
-            save_file(weights, temporary / WEIGHTS, metadata={HEADER: described})
+            save_file(separate(state), temporary / WEIGHTS, metadata={HEADER: described})
             (temporary / CONFIG).write_text(described + "\n", encoding="utf-8")
-            (temporary / CARD).write_text(model_card(model, certificate, state), encoding="utf-8")
+            (temporary / CARD).write_text(model_card(model, certificate, state, movement), encoding="utf-8")
             if certificate is not None:
                 (temporary / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
+            if movement is not None:
+                (temporary / MOVED).write_text(movement.to_json(), encoding="utf-8")
+            if settings is not None:
+                (temporary / SETTINGS).write_text(settings, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else short(error)
         raise WeightsError(f"The model cannot be written to {folder}: {reason}.") from error
@@ -189,13 +205,6 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     return model.eval()
 
 
-def build_backbone(config: VideoConfig) -> Backbone:
-    """The image model of a configuration, without its weights."""
-    return load_backbone(
-        config.backbone, random_weights=True, image_size=config.image_size, arguments=config.backbone_args
-    )
-
-
 def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
     """The image model of a loaded model, built afresh by its own library, with the image weights the model now has.
 
@@ -221,13 +230,19 @@ def load_reference(model: VideoModel | VideoTextModel) -> nn.Module:
 
 
 def recorded_fingerprint(folder: str | Path) -> str | None:
-    """SHA-256 of the image weights when the model in ``folder`` was converted; None where it was not noted."""
-    try:
-        return json.loads((Path(folder) / CERTIFICATE).read_text()).get("weights_now")
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{Path(folder) / CERTIFICATE} is not a certificate of img2vid: {error}") from error
+    """SHA-256 of the image weights when a saved model was converted, or its training began; None if not noted."""
+    for name, keys in ((CERTIFICATE, ["weights_now"]), (MOVED, ["image_weights", "before"])):
+        path = Path(folder) / name
+        try:
+            noted = json.loads(path.read_text())
+            for key in keys:
+                noted = noted[key]
+            return noted
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"{path} is not a certificate of img2vid: {error}") from error
+    return None
 
 
 def read_description(folder: Path) -> dict[str, Any]:

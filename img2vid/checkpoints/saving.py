@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Saving(ModelHubMixin, library_name="img2vid", tags=["video", "img2vid"]):
-    """Inherits ``push_to_hub``; what is saved and loaded is img2vid's own folder (see ``native``)."""
+    """What is saved, loaded and uploaded is img2vid's own folder (see ``native``)."""
 
     def save_pretrained(
         self,
@@ -38,10 +38,25 @@ class Saving(ModelHubMixin, library_name="img2vid", tags=["video", "img2vid"]):
         """
         from img2vid.checkpoints.native import save
 
+        if certificate is None and model_card_kwargs:  # how push_to_hub below hands it on
+            certificate = model_card_kwargs.get("certificate")
         folder = save(self, save_directory, certificate)
         if not push_to_hub:
             return None
-        return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs)
+        return self.push_to_hub(repo_id or folder.name, certificate=certificate, **push_to_hub_kwargs)
+
+    def push_to_hub(self, repo_id: str, *, certificate: Certificate | None = None, **upload: Any) -> str:
+        """Upload the model as a repository: weights, configuration, card, and the certificate where one is given.
+
+        Args:
+            repo_id: ``OWNER/NAME``; made where it does not exist yet.
+            certificate: goes into ``certificate.json`` and the card.
+            upload: ``commit_message``, ``private``, ``token``, ``branch``, ``create_pr``, ... of huggingface_hub.
+
+        Returns:
+            The address of the commit.
+        """
+        return super().push_to_hub(repo_id, model_card_kwargs={"certificate": certificate}, **upload)
 
     @classmethod
     def from_pretrained(

@@ -12,10 +12,12 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -110,7 +112,8 @@ def in_processes(work: Callable, items: Iterable, arguments: tuple, num_workers:
     left, spawn = dict(enumerate(items)), get_context("spawn")  # a forked child of a threaded process can deadlock
     pool = ProcessPoolExecutor(min(num_workers or os.cpu_count() or 1, len(left)), spawn, finish_what_was_begun)
     try:
-        futures = {pool.submit(work, item, *arguments): number for number, item in left.items()}
+        with interrupts_later():
+            futures = {pool.submit(work, item, *arguments): number for number, item in left.items()}
         for future in as_completed(futures):
             result = future.result()
             del left[futures[future]]
@@ -125,7 +128,9 @@ def in_processes(work: Callable, items: Iterable, arguments: tuple, num_workers:
             for number in list(left):
                 item = left.pop(number)
                 try:
-                    result = pool.submit(work, item, *arguments).result()
+                    with interrupts_later():
+                        future = pool.submit(work, item, *arguments)
+                    result = future.result()
                 except BrokenProcessPool:
                     result = VideoError.about(str(getattr(item, "path", item)), "reading it killed the process")
                 on_progress()
@@ -139,13 +144,39 @@ def finish_what_was_begun() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@contextmanager
+def interrupts_later() -> Iterator[None]:
+    """A Ctrl-C that comes inside takes effect at the end: a pool that is half started cannot be shut down.
+
+    Processes started inside have SIGINT blocked, so that it does not end them before they can say that they ignore it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no other gets to handle signals
+        yield
+        return
+    came = []
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if can_block else None
+    try:
+        yield
+    finally:
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
+
+
 def write_quarantine(findings: Iterable[Finding], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "kind", "problem", "where"])
-        writer.writerows([f.row.path, f.kind, f.problem, f.row.where] for f in findings)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["path", "kind", "problem", "where"])
+            writer.writerows([f.row.path, f.kind, f.problem, f.row.where] for f in findings)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def named_rows(videos: VideoList, rows: Iterable[Row]) -> list[Row]:
@@ -160,7 +191,7 @@ def named_rows(videos: VideoList, rows: Iterable[Row]) -> list[Row]:
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("list", help="the list of videos: a file, or a folder with one folder per class")
-    parser.add_argument("--format", default="auto", choices=["auto", *READERS])
+    parser.add_argument("--format", default="auto", choices=["auto", *READERS], help="of the list (docs/data.md)")
     parser.add_argument("--root", help="folder the paths of the list start at (default: the list's folder)")
     parser.add_argument("--classes", help="text file with one class name per line, in the order of their numbers")
     parser.add_argument("--split", type=int, default=1, help="HMDB51: which split")
@@ -174,13 +205,17 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("img2vid data check", description=__doc__.split("\n\n")[0])
     add_list_arguments(parser)
     parser.add_argument("--min-frames", type=int, default=1, help="shorter videos are quarantined")
     parser.add_argument("--fast", action="store_true", help="look at packets and the first frame, do not decode all")
     parser.add_argument("--output", help=f"where good rows go ({', '.join(FORMATS)}; default: LIST.checked.csv)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     try:
         videos = read_list(args.list, args.format, args.root, args.classes, args.split, args.subset)
         return _check_and_print(videos, args)

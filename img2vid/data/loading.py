@@ -10,6 +10,7 @@ Both samplers are DistributedSamplers, so that Lightning tells them the epoch an
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -61,6 +62,19 @@ class EvalSampler(DistributedSampler):
         return iter(range(self.rank, self.rows, self.num_replicas))
 
 
+def num_batches(loader: DataLoader, limit: int | float = 1.0) -> tuple[int, int]:
+    """Batches of the process that has the fewest to evaluate, and of that with the most; 0 for loaders of others.
+
+    limit: batches at most, or a share of them, as trainers take it.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, EvalSampler):
+        return 0, 0
+    rows = (sampler.rows // sampler.num_replicas, -(-sampler.rows // sampler.num_replicas))
+    fewest, most = (-(-n // loader.batch_size) for n in rows)
+    return tuple(min(n, limit) if isinstance(limit, int) else int(n * limit) for n in (fewest, most))
+
+
 class ClipLoader(DataLoader):
     """A DataLoader over a `TrainSampler` whose state counts the batches given out, not those workers made ahead.
 
@@ -72,9 +86,28 @@ class ClipLoader(DataLoader):
 
     def __iter__(self):
         self.batches = self.sampler.start // self.batch_size
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                raise RuntimeError(self._who_is_late()) from error
             self.batches += 1
             yield batch
+
+    def _who_is_late(self) -> str:
+        """Workers hang without a word, but batches come in order, so what the next one holds is known."""
+        sampler, first = self.sampler, self.batches * self.batch_size
+        places = [step * sampler.num_replicas + sampler.rank for step in range(first, first + self.batch_size)]
+        rows = [self.dataset.videos.rows[self.dataset.order.row(sampler.epoch, place)] for place in places]
+        return (
+            f"no batch came for {self.timeout:g} seconds (timeout_seconds). One of the videos of batch {self.batches} "
+            f"of epoch {sampler.epoch} blocks a worker, or they are too slow: {', '.join(r.path for r in rows)}"
+        )
 
     def state_dict(self) -> dict:
         return {"epoch": self.sampler.epoch, "batches": self.batches, **self._plan()}
@@ -105,9 +138,19 @@ def refuse_another_plan(saved: dict, plan: dict, batches: int) -> None:
         )
 
 
-def one_thread(worker_id: int) -> None:
-    """Workers are the parallelism; threads inside them would only get in each other's way."""
+GRACE_SECONDS = 20
+
+
+def begin_worker(worker_id: int) -> None:
+    """Workers are the parallelism, threads inside them would be in each other's way; and they end after their parent.
+
+    Schedulers and terminals send signals to all processes of a job. A worker that died of one would take the step from
+    its parent that the parent is about to finish. So Ctrl-C is the parent's matter, and SIGTERM gives it some time.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
 def worker_options(num_workers: int, timeout_seconds: float, start_method: str | None = None) -> dict:
@@ -117,7 +160,7 @@ def worker_options(num_workers: int, timeout_seconds: float, start_method: str |
     return {
         "num_workers": num_workers,
         "timeout": timeout_seconds,
-        "worker_init_fn": one_thread,
+        "worker_init_fn": begin_worker,
         "persistent_workers": True,
         "multiprocessing_context": start_method,
     }

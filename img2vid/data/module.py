@@ -25,6 +25,7 @@ from img2vid.data.errors import ListError
 from img2vid.data.lists import read_list
 from img2vid.data.loading import ClipLoader, EvalSampler, TrainSampler, worker_options
 from img2vid.data.manifest import VideoList
+from img2vid.data.order import draw_seed
 from img2vid.data.transforms import InputSpec, MixClips, Normalise, TestTransform, TrainTransform
 
 
@@ -164,12 +165,25 @@ class VideoData(pl.LightningDataModule):
 
     # -- on the device -------------------------------------------------------------------------------------------------
 
+    def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        if self._mixes:
+            # by what the batch holds, so that a resumed run mixes alike; asked for here, where it costs no waiting
+            batch["mix_seed"] = draw_seed(
+                self.hparams.seed, int(batch["epoch"][0]), int(batch["position"][0]), " mixing"
+            )
+        return batch
+
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         clip = batch["clip"]  # uint8 until here
         batch["clip"] = self._normalise.to(clip.device)(clip)
-        if self._mix is not None and self.trainer is not None and self.trainer.training:
-            batch["clip"], batch["soft_label"] = self._mix(batch["clip"], batch["label"])
+        if "mix_seed" in batch:
+            seed = batch.pop("mix_seed")
+            batch["clip"], batch["soft_label"] = self._mix(batch["clip"], batch["label"], seed)
         return batch
+
+    @property
+    def _mixes(self) -> bool:
+        return self._mix is not None and self.trainer is not None and self.trainer.training
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

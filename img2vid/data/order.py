@@ -34,9 +34,9 @@ class EpochOrder:
         return int(_permutation(self.rows, self.seed, epoch)[position]) if self.shuffle else position
 
 
-def draw_seed(seed: int, epoch: int, row: int) -> int:
+def draw_seed(seed: int, epoch: int, row: int, purpose: str = "") -> int:
     """A seed of 63 bits for the random choices made on one row in one epoch, unrelated to its neighbours'."""
-    digest = hashlib.blake2b(f"{seed} {epoch} {row}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {epoch} {row}{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -12,12 +12,17 @@ draw depends on `seed` alone, so any clip of any epoch can be made again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from img2vid.data.clipwide import ClipColorJitter, ClipRandAugment
 
 INTERPOLATIONS = {
     "bilinear": v2.InterpolationMode.BILINEAR,
@@ -41,13 +46,18 @@ class InputSpec:
     interpolation: str = "bicubic"
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"size={self.size}: expected pixels, 1 or more")
+        if not isinstance(self.size, Integral) or isinstance(self.size, bool) or self.size < 1:
+            raise ValueError(f"size={self.size!r}: expected pixels, 1 or more")
         if self.interpolation not in INTERPOLATIONS:
             known = ", ".join(map(repr, INTERPOLATIONS))
             raise ValueError(f"interpolation={self.interpolation!r}: expected one of {known}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):  # nan is not
             raise ValueError(f"expected 3 means and 3 positive deviations; given mean={self.mean}, std={self.std}")
+        if not all(0 <= value <= 1 for value in (*self.mean, *self.std)):
+            raise ValueError(
+                f"mean={self.mean}, std={self.std}: expected those of pixel values from 0 to 1; divide those of pixel "
+                "values from 0 to 255 by 255"
+            )
 
 
 class TrainTransform:
@@ -58,6 +68,8 @@ class TrainTransform:
     rand_augment: (number of operations, magnitude 0 to 30) of RandAugment, or None.
     color_jitter: strength for brightness, contrast and saturation, 0 for none. Costs more than all the rest together.
     erase: probability of one erased box, the same in all frames, filled with the mean colour.
+    Colours change by one mapping for all frames, also where it depends on the picture (clipwide.py).
+    Raises ValueError for values out of these ranges.
     """
 
     def __init__(
@@ -71,22 +83,25 @@ class TrainTransform:
         erase: float = 0.0,
     ):
         interpolation = INTERPOLATIONS[spec.interpolation]
+        check_range("scale", scale, 1.0)
+        check_range("ratio", ratio, float("inf"))
+        if rand_augment is not None and not is_rand_augment(rand_augment):
+            raise ValueError(f"rand_augment={rand_augment!r}: expected (operations, 1 or more; magnitude, 0 to 30)")
         mean_colour = [round(255 * value) for value in spec.mean]
         steps = [v2.RandomResizedCrop(spec.size, scale, ratio, interpolation=interpolation, antialias=True)]
         if flip:
             steps.append(v2.RandomHorizontalFlip())
         if rand_augment is not None:
-            steps.append(v2.RandAugment(*rand_augment, interpolation=v2.InterpolationMode.BILINEAR, fill=mean_colour))
+            steps.append(ClipRandAugment(*rand_augment, interpolation=v2.InterpolationMode.BILINEAR, fill=mean_colour))
         if color_jitter:
-            steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+            steps.append(ClipColorJitter(color_jitter, color_jitter, color_jitter))
         if erase:
             steps.append(v2.RandomErasing(erase, value=mean_colour))
         self.steps = v2.Compose(steps)
 
     def __call__(self, clip: torch.Tensor, seed: int) -> torch.Tensor:
         check_clip(clip)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return self.steps(clip)
 
 
@@ -142,12 +157,15 @@ class Normalise(nn.Module):
 class MixClips:
     """Mixup and CutMix on a batch of normalised clips: (B, T, C, H, W), labels (B,) -> clips, soft labels (B, classes).
 
-    One draw per batch; every frame of a clip gets the same weight (mixup) or the same box (CutMix). With both switched
-    on, each batch gets one of the two. Sources: arXiv 1710.09412, arXiv 1905.04899.
+    One draw per batch, by `seed` alone where one is given; every frame of a clip gets the same weight (mixup) or the
+    same box (CutMix). With both on, each batch gets one of the two. Sources: arXiv 1710.09412, arXiv 1905.04899.
     """
 
     def __init__(self, num_classes: int, mixup_alpha: float = 0.8, cutmix_alpha: float = 1.0):
-        choices = []
+        if not (mixup_alpha >= 0 and cutmix_alpha >= 0 and num_classes >= 1):
+            given = f"num_classes={num_classes}, mixup_alpha={mixup_alpha}, cutmix_alpha={cutmix_alpha}"
+            raise ValueError(f"{given}: expected 1 class or more and strengths of 0 or more")
+        self.num_classes, choices = num_classes, []
         if mixup_alpha:
             choices.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
         if cutmix_alpha:
@@ -156,13 +174,47 @@ class MixClips:
             raise ValueError("MixClips with mixup_alpha=0 and cutmix_alpha=0 does nothing: leave it out")
         self.mix = v2.RandomChoice(choices)
 
-    def __call__(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, clips: torch.Tensor, labels: torch.Tensor, seed: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not clips.is_floating_point() or clips.ndim != 5:
             raise TypeError(f"expected normalised clips (B, T, C, H, W), given {clips.dtype} {tuple(clips.shape)}")
-        mixed, soft = self.mix(tv_tensors.Video(clips), labels)
+        if labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise ValueError(
+                f"mixing needs a class number from 0 to {self.num_classes - 1} for each clip, given {labels.tolist()} "
+                "(-1: no label). Complete the list's labels, or leave mixing out"
+            )
+        with seeded(seed):
+            mixed, soft = self.mix(tv_tensors.Video(clips), labels)
         return mixed.as_subclass(torch.Tensor), soft
 
 
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Inside, draws on the CPU follow from `seed`; the caller's random numbers, and those of GPUs, are left alone."""
+    if seed is None:
+        yield
+        return
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of all GPUs too
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def check_range(name: str, values: tuple[float, float], highest: float) -> None:
+    if not isinstance(values, (tuple, list)) or len(values) != 2 or not 0 < values[0] <= values[1] <= highest:
+        most = f"at most {highest:g}" if highest < float("inf") else "any"
+        raise ValueError(f"{name}={values!r}: expected (lowest, highest), above 0, {most}")
+
+
+def is_rand_augment(values: tuple[int, int]) -> bool:
+    if not isinstance(values, (tuple, list)) or len(values) != 2 or not all(isinstance(v, Integral) for v in values):
+        return False
+    return values[0] >= 1 and 0 <= values[1] <= 30
+
+
 def check_clip(clip: torch.Tensor) -> None:
-    if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[1] != 3:
+    if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[1] != 3 or not clip.numel():
         raise TypeError(f"expected a uint8 clip (T, 3, H, W), given {clip.dtype} {tuple(clip.shape)}")

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from img2vid.choices import EVALUATION_PRECISIONS
 from img2vid.command import first_line
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation.conditions import CONDITIONS, LEVELS, order_frames, represent, video_part
@@ -34,8 +35,6 @@ from img2vid.evaluation.store import FORMAT, Store, short_hash, write_whole
 from img2vid.evaluation.versions import installed
 from img2vid.evidence import fingerprint, in_eval_mode
 from img2vid.model import VideoModel, VideoTextModel
-
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -60,8 +59,8 @@ class Compute:
     timeout_seconds: float = 300.0
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise EvaluationError(f"precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}.")
+        if self.precision not in EVALUATION_PRECISIONS:
+            raise EvaluationError(f"precision={self.precision!r}: expected one of {', '.join(EVALUATION_PRECISIONS)}.")
         if self.batch_size < 1 or self.num_workers < 0:
             raise EvaluationError(f"Expected batch_size >= 1 and num_workers >= 0, given {self}.")
         check_device(self.device)
@@ -195,7 +194,7 @@ def forward(model, clips: list[Tensor], rows: list[int], name: str, level: str, 
     batch = torch.cat(clips).to(compute.device)  # (n * V, T, C, H, W), uint8
     size = video_part(model).config.tubelet_size
     batch = order_frames(batch, condition.order, [row for row in rows for _ in range(views)], size)
-    dtype = PRECISIONS[compute.precision]
+    dtype = None if compute.precision == "float32" else getattr(torch, compute.precision)
     weights = next(model.parameters()).dtype
     device_type = torch.device(compute.device).type
     with torch.autocast(device_type, dtype) if dtype is not None else nullcontext():

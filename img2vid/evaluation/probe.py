@@ -9,7 +9,6 @@ attentive    one learned query attends to the features of the frames, with a lea
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -19,19 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import img2vid.evaluation.options as common
-from img2vid.checkpoints.native import load
+from img2vid.choices import PROBES
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features, extract
-from img2vid.evaluation.processes import Processes, processes
+from img2vid.evaluation.processes import Processes
 from img2vid.evaluation.reading import Views, identity
-from img2vid.evaluation.results import describe_data, describe_run, write_result
-from img2vid.evaluation.tables import counted, show
+from img2vid.evaluation.results import describe_data, describe_run
 
-KINDS = ("linear", "knn", "attentive")
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # inverse strength, C
 EPOCHS, MIN_STEPS, LEARNING_RATE, WEIGHT_DECAY = 20, 1000, 1e-3, 1e-2
@@ -113,7 +109,7 @@ def probe(
     test: VideoList,
     views: Views,
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = PROBES,
     baseline: bool = True,
     seed: int = 0,
     source: str | None = None,
@@ -129,9 +125,9 @@ def probe(
         The result, in the first process; None in the others.
     """
     compute, shared = compute or Compute(), shared or Processes()
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in kinds if kind not in PROBES]
     if unknown or not kinds:
-        raise EvaluationError(f"Probes {unknown}: expected some of {', '.join(KINDS)}.")
+        raise EvaluationError(f"Probes {unknown}: expected some of {', '.join(PROBES)}.")
     if "linear" in kinds and find_spec("sklearn") is None:
         raise EvaluationError("A linear probe needs scikit-learn. Run: pip install 'img2vid[eval]'")
     for videos in (train, test):
@@ -206,38 +202,3 @@ def labelled(videos: VideoList, features: Features, condition: str) -> tuple[Ten
     if not labels:
         raise EvaluationError(f"None of the readable videos of {videos.source} has a label.")
     return features.of[condition][[i for i, _ in labels]], torch.tensor([label for _, label in labels])
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid eval probe", description=__doc__.split("\n\n")[0])
-    common.add_model(parser, "runs/eval/probe.json")
-    common.add_data(parser)
-    parser.add_argument("--train", required=True, nargs="+", metavar="LIST", help="videos to learn from")
-    parser.add_argument("--probes", nargs="+", default=list(KINDS), choices=KINDS, help="default: all")
-    parser.add_argument("--no-baseline", action="store_true", help="leave out the image model of the same weights")
-    common.add_views(parser)
-    common.add_compute(parser)
-    options = parser.parse_args(argv)
-    common.ready_to_write(options.out)
-    with processes() as shared:
-        train = common.lists_of(options, options.train, subset="train").videos
-        test = common.lists_of(options, options.data, classes=options.classes or train.class_names).videos
-        model = load(options.model)
-        total = -(-len(train) // shared.world_size) + -(-len(test) // shared.world_size)
-        with common.progress_bar("videos", total, shared.is_first) as advance:
-            result = probe(
-                model,
-                train,
-                test,
-                common.views_of(options, model),
-                kinds=options.probes,
-                baseline=not options.no_baseline,
-                **common.running(options, shared, advance),
-            )
-    if result is not None:
-        write_result(result, options.out)
-        learned = f"learned from {counted(result['train'])}"
-        if result["data"]["also_in_train"]:
-            learned += f"; {result['data']['also_in_train']} test videos are among the training videos"
-        show(result, options.out, learned)
-    return 0

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+from img2vid.choices import PROTOCOLS
 from img2vid.data.lists import guess_format, read_classes, read_list
 from img2vid.data.manifest import Row, VideoList, number_labels
 from img2vid.errors import nearest
@@ -28,7 +29,6 @@ from img2vid.evaluation.prompts import class_list
 from img2vid.evaluation.reading import identity
 from img2vid.evaluation.webdataset import is_webdataset, read_webdataset
 
-PROTOCOLS = ("list", "splits", "all", "halves", "class-splits", "base-to-novel")
 MERGED = ("top1", "top5", "mean_class", "calibration_error")
 
 

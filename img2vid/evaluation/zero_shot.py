@@ -5,21 +5,19 @@ img2vid eval zero-shot --model runs/convert/nano_clip --data test.csv --template
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import img2vid.evaluation.options as common
-from img2vid.checkpoints.native import load
+from img2vid.choices import FUSIONS
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features, extract
-from img2vid.evaluation.processes import Processes, processes
+from img2vid.evaluation.processes import Processes
 from img2vid.evaluation.prompts import (
     check_distinct,
     class_embeddings,
@@ -28,11 +26,10 @@ from img2vid.evaluation.prompts import (
     readable,
     template_hash,
 )
-from img2vid.evaluation.protocols import PROTOCOLS, Lists, Round, rounds, summarise
+from img2vid.evaluation.protocols import Lists, Round, rounds, summarise
 from img2vid.evaluation.reading import Views
-from img2vid.evaluation.results import describe_run, names_of, write_result
-from img2vid.evaluation.scores import FUSIONS, OwnHead, TextHead, score
-from img2vid.evaluation.tables import show
+from img2vid.evaluation.results import describe_run, names_of
+from img2vid.evaluation.scores import OwnHead, TextHead, score
 
 
 def zero_shot(
@@ -247,44 +244,3 @@ def list_predictions(scored: dict[str, Scored], r: Round, videos, names: Sequenc
         for entry, predicted, p in zip(out, metrics.predictions(ranked).tolist(), probabilities, strict=True):
             entry[condition] = {"predicted": names[predicted], "probability": float(p[predicted])}
     return out
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid eval zero-shot", description=__doc__.split("\n\n")[0])
-    common.add_model(parser, "runs/eval/zero_shot.json")
-    common.add_data(parser)
-    group = parser.add_argument_group("protocol")
-    group.add_argument("--protocol", default="list", choices=PROTOCOLS, help="docs/evaluation.md (default: list)")
-    common.add_templates(group)
-    group.add_argument("--fusion", choices=FUSIONS, help="of views (default: feature)")
-    group.add_argument("--num-rounds", type=int, default=10, help="of protocol halves (default: 10)")
-    group.add_argument("--class-splits", nargs="+", default=(), metavar="FILE", help="classes of each round")
-    group.add_argument("--base-classes", metavar="FILE", help="of base-to-novel (default: the first half)")
-    group.add_argument("--no-baseline", action="store_true", help="leave out the image model of the same weights")
-    group.add_argument("--predictions", action="store_true", help="keep what was said of each video")
-    common.add_views(parser)
-    common.add_compute(parser)
-    options = parser.parse_args(argv)
-    common.ready_to_write(options.out)
-    with processes() as shared:
-        lists = common.lists_of(options, options.data, options.protocol)
-        model = load(options.model)
-        with common.progress_bar("videos", -(-len(lists.videos) // shared.world_size), shared.is_first) as advance:
-            result = zero_shot(
-                model,
-                lists,
-                common.views_of(options, model),
-                templates=common.templates_of(options),
-                protocol=options.protocol,
-                fusion=options.fusion,
-                baseline=not options.no_baseline,
-                keep_predictions=options.predictions,
-                num_rounds=options.num_rounds,
-                class_splits=options.class_splits,
-                base_classes=options.base_classes,
-                **common.running(options, shared, advance),
-            )
-    if result is not None:
-        write_result(result, options.out)
-        show(result, options.out)
-    return 0

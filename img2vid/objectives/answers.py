@@ -36,24 +36,21 @@ class KeepAnswers(Objective):
         if not prompts or any("{}" not in prompt for prompt in prompts):
             raise ObjectiveError(f"prompts={list(prompts)!r}: expected sentences with {{}} where the class name goes.")
         self.classes, self.prompts, self.weight = list(classes), list(prompts), weight
-        self.__dict__["teacher"] = None  # not registered: neither saved, nor averaged, nor trained
 
     @torch.no_grad()
     def setup(self, around: Surroundings) -> None:
         need_text(around.model, "KeepAnswers")
-        if around.image_model is None:
-            raise ObjectiveError("KeepAnswers needs the image model to compare with: give Surroundings(image_model=).")
-        device = next(around.model.parameters()).device
-        teacher = around.image_model().eval().requires_grad_(False).to(device)
+        self.teacher = around.teacher("KeepAnswers")
+        image_model = self.teacher.on(next(around.model.parameters()))
         tokens = around.model.tokenize([prompt.format(name) for name in self.classes for prompt in self.prompts])
-        text = teacher.encode_text(tokens.to(device), normalize=True)
+        text = image_model.encode_text(tokens.to(next(image_model.parameters()).device), normalize=True)
         text = F.normalize(text.unflatten(0, (len(self.classes), -1)).mean(dim=1), dim=-1)  # (classes, D)
-        self.register_buffer("questions", teacher.logit_scale.exp() * text, persistent=False)
-        self.__dict__["teacher"] = teacher
+        self.register_buffer("questions", image_model.logit_scale.exp() * text, persistent=False)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         with torch.no_grad():
-            expected = self.teacher.encode_video(step.batch["clip"], normalize=True) @ self.questions.T  # (B, classes)
+            clips = step.batch["clip"]
+            expected = self.teacher.on(clips).encode_video(clips, normalize=True) @ self.questions.T  # (B, classes)
         given = step.video @ self.questions.T
         shares = [scores.float().log_softmax(dim=-1) for scores in (given, expected)]
         return {"answers_loss": self.weight * F.kl_div(*shares, reduction="batchmean", log_target=True)}

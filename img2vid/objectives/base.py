@@ -29,6 +29,8 @@ class Surroundings:
         captions: all distinct captions of the training list.
         rank, world_size: of this process.
         image_model: builds the frozen image model; called only by objectives that compare with it.
+        training: False where the model is only to be scored, and must stay as it is.
+        sharded: whether every process will hold only its share of each weight.
     """
 
     model: nn.Module
@@ -37,6 +39,33 @@ class Surroundings:
     rank: int = 0
     world_size: int = 1
     image_model: Callable[[], nn.Module] | None = None
+    training: bool = True
+    sharded: bool = False
+
+    def teacher(self, what: str) -> Teacher:
+        if self.image_model is None:
+            raise ObjectiveError(f"{what} needs the image model to compare with: give Surroundings(image_model=).")
+        return Teacher(self.image_model())
+
+
+class Teacher:
+    """The frozen image model, beside the registered modules: it is neither trained, saved nor averaged.
+
+    Copies of what holds it share it. It is made before the trainer has placed the model, and follows the clips.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict) -> Teacher:
+        return self
+
+    def on(self, clips: Tensor) -> nn.Module:
+        """The model, on the device and in the precision of these clips."""
+        weight = next(self.model.parameters())
+        if (weight.device, weight.dtype) != (clips.device, clips.dtype):
+            self.model.to(clips.device, clips.dtype)
+        return self.model
 
 
 class Step:
@@ -173,6 +202,11 @@ def choice(name: str, value: object, choices: Sequence[str]) -> None:
 def share(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise ObjectiveError(f"{name}={value!r}: expected a number from 0 to below 1.")
+
+
+def is_of_text(name: str, with_scale: bool = False) -> bool:
+    """Whether a parameter of a VideoTextModel belongs to its text tower; its temperature belongs to both towers."""
+    return not name.startswith("visual.") and (with_scale or name not in ("logit_scale", "logit_bias"))
 
 
 def need_text(model: nn.Module, what: str) -> None:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from img2vid.objectives.base import Objective, ObjectiveError, Step, Surroundings, choice, need_text, share
+from img2vid.objectives.base import (
+    Objective,
+    ObjectiveError,
+    Step,
+    Surroundings,
+    choice,
+    is_of_text,
+    need_text,
+    share,
+)
 
 
 class Classification(Objective):
@@ -29,11 +38,13 @@ class Classification(Objective):
         train_text: whether the text tower learns. If not, its embeddings are computed once.
         spread: weight of ``text_spread_loss``, which drives apart classes whose embeddings the text tower cannot tell
             apart, such as words it never met: while two classes have one embedding, no gradient can part their videos.
-        spread_steps: steps, before training, in which the text tower alone learns these two losses, whether or not it
+        spread_steps: steps, before training, in which the text tower alone learns these losses, whether or not it
             learns afterwards. Words it never met need it: with videos that nobody can tell apart yet, learning both
             at once draws the words together, not apart.
-        keep_text: weight of ``text_keep_loss``: one minus the cosine between what the embeddings of the classes, and of
-            ``keep_prompts``, are and were before training. Classes then part by no more than they must.
+        keep_classes: weight of ``class_keep_loss``: one minus the cosine between what the embeddings of the classes are
+            and were before training. Classes then part by no more than they must.
+        keep_text: weight of ``text_keep_loss``, the same of ``keep_prompts``, which the text tower is to go on saying.
+        keep_prompts: sentences; those with ``{}`` once for each of ``keep_names``.
     """
 
     def __init__(
@@ -46,8 +57,10 @@ class Classification(Objective):
         train_text: bool = False,
         spread: float = 0.0,
         spread_steps: int = 0,
+        keep_classes: float = 0.0,
         keep_text: float = 0.0,
         keep_prompts: Sequence[str] = (),
+        keep_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         choice("head", head, ("linear", "text"))
@@ -55,21 +68,29 @@ class Classification(Objective):
         share("label_smoothing", label_smoothing)
         if not prompts or any("{}" not in prompt for prompt in prompts):
             raise ObjectiveError(f"prompts={list(prompts)!r}: expected sentences with {{}} where the class name goes.")
-        if (spread or keep_text) and not (head == "text" and (train_text or spread_steps)):
+        if (spread or keep_classes or keep_text) and not (head == "text" and (train_text or spread_steps)):
             raise ObjectiveError(
-                "spread and keep_text are about a text tower that learns: head=text, train_text=true or spread_steps."
+                "spread, keep_classes and keep_text are about a text tower that learns: head=text, train_text=true or "
+                "spread_steps."
             )
         if spread_steps and not spread:
             raise ObjectiveError("spread_steps needs the loss that it minimises: give spread a weight.")
-        if keep_prompts and not keep_text:
-            raise ObjectiveError("keep_prompts are what keep_text is about: give it a weight.")
+        if bool(keep_prompts) != bool(keep_text):
+            raise ObjectiveError(
+                f"keep_text={keep_text:g} is the weight of keep_prompts, of which {len(keep_prompts)} are given: "
+                "give both or neither."
+            )
+        if any("{}" in prompt for prompt in keep_prompts) != bool(keep_names):
+            raise ObjectiveError("keep_names are what {} stands for in keep_prompts: give both or neither.")
         self.head, self.classes, self.prompts = head, classes, list(prompts)
         self.label_smoothing, self.scale, self.train_text = label_smoothing, scale, train_text
         self.spread, self.spread_steps = spread, spread_steps
-        self.keep_text, self.keep_prompts = keep_text, list(keep_prompts)
+        self.keep_classes, self.keep_text = keep_classes, keep_text
+        self.keep_prompts = [p.format(n) for p in keep_prompts for n in (keep_names if "{}" in p else [""])]
         self.trains_text = head == "text" and train_text
         self.reads_scale = head == "text" and scale is None
         self.index: dict[str, int] = {}  # of captions
+        self.text_moves = train_text
         self.known: dict[str, Tensor] = {}  # their embeddings, while the text tower stands still
 
     def setup(self, around: Surroundings) -> None:
@@ -79,6 +100,9 @@ class Classification(Objective):
                 raise ObjectiveError("head='linear' needs a classifier: give num_classes in the model's config.")
             return
         need_text(model, "head='text'")
+        self.known = {}
+        # another objective may train it, though this one does not
+        self.text_moves = any(p.requires_grad for name, p in model.named_parameters() if is_of_text(name))
         if self.classes == "label" and around.class_names is None:
             raise ObjectiveError("head='text' needs class names, and the training list has none: give data.classes.")
         if self.classes == "caption" and not around.captions:
@@ -94,29 +118,34 @@ class Classification(Objective):
             self.index = {caption: i for i, caption in enumerate(around.captions)}
             self.keep("caption_tokens", tokens([[caption] for caption in around.captions]))
         if self.keep_text:
-            own = getattr(self, f"{self.classes}_tokens").flatten(0, 1)
-            self.keep("kept_tokens", torch.cat([own, *(tokens([[prompt]])[0] for prompt in self.keep_prompts)]))
-            with torch.no_grad():
-                self.keep("kept", model.encode_text(self.kept_tokens, normalize=True))
-        if self.spread_steps:
+            self.keep("kept_tokens", tokens([self.keep_prompts]))
+        with torch.no_grad():
+            kept = [self.classes] * bool(self.keep_classes) + ["kept"] * bool(self.keep_text)
+            for name, before in self.embed(Step(model, {}), kept).items():
+                self.keep(f"{name}_before", before)
+        if self.spread_steps and around.training:
             self.spread_out(Step(model, {}))
 
     def spread_out(self, step: Step) -> None:
         """Train the text tower alone until its classes have embeddings of their own."""
-        tower = [p for name, p in step.model.named_parameters() if not name.startswith("visual.")]
+        tower = [p for name, p in step.model.named_parameters() if is_of_text(name, with_scale=True)]
         frozen = [p for p in tower if not p.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(True)
         optimizer = torch.optim.Adam(tower, lr=1e-3)
+        # down to zero, or the last steps would leave kept prompts wherever they happened to be
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.spread_steps)
+        has_labels = self.classes == "caption" and hasattr(self, "label_tokens")
+        names = self.learning + ["label"] * has_labels
         for _ in range(self.spread_steps):
             optimizer.zero_grad()
-            losses = self.text_losses(step, self.embed_classes(step, self.classes, train=True))
-            if self.classes == "caption" and hasattr(self, "label_tokens"):
-                # what a class means should not depend on the rest of the caption
-                labels = self.embed_classes(step, "label", train=True)
-                losses["label_spread_loss"] = self.text_losses(step, labels)["text_spread_loss"]
+            text = self.embed(step, names)
+            losses = self.text_losses(step, text)
+            if has_labels:  # what a class means should not depend on the rest of the caption
+                losses["label_spread_loss"] = self.spread_loss(step, text["label"])
             sum(losses.values()).backward()
             optimizer.step()
+            schedule.step()
         optimizer.zero_grad()
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -124,44 +153,57 @@ class Classification(Objective):
     def keep(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)  # follows the model to its device; in no checkpoint
 
-    def class_embeddings(self, step: Step, kind: str) -> Tensor:
-        """(classes, D), of length one."""
-        learning = self.train_text and torch.is_grad_enabled()
-        if learning:
-            self.known = {}  # they are about to change
-        elif kind in self.known:
-            return self.known[kind]
-        text = self.embed_classes(step, kind, train=self.train_text)
-        if not learning:
-            self.known[kind] = text
-        return text
+    @property
+    def learning(self) -> list[str]:
+        """What the text tower's own losses are about."""
+        return [self.classes] + ["kept"] * bool(self.keep_text)
 
-    def embed_classes(self, step: Step, kind: str, train: bool) -> Tensor:
-        tokens = getattr(self, f"{kind}_tokens")  # (classes, prompts, L)
-        text = step.text(tokens.flatten(0, 1), train=train).unflatten(0, tokens.shape[:2])
-        return F.normalize(text.mean(dim=1), dim=-1)
+    def embed(self, step: Step, names: Sequence[str], train: bool = True) -> dict[str, Tensor]:
+        """By name, embeddings of the prompts (classes, prompts, D), each of length one.
+
+        Captions, prompts and what is kept may be the same sentences: each is encoded once.
+        """
+        tokens = {name: getattr(self, f"{name}_tokens") for name in names}  # each (classes, prompts, L)
+        if not tokens:
+            return {}
+        rows, places = torch.cat([x.flatten(0, 1) for x in tokens.values()]).unique(dim=0, return_inverse=True)
+        parts = step.text(rows, train=train)[places].split([x.shape[:2].numel() for x in tokens.values()])
+        return {name: part.unflatten(0, x.shape[:2]) for part, (name, x) in zip(parts, tokens.items(), strict=True)}
+
+    def embed_known(self, step: Step, name: str) -> Tensor:
+        """As ``embed``, of one name and without gradients, once until the text tower next learns."""
+        if name not in self.known:
+            self.known |= self.embed(step, [name], train=False)
+        return self.known[name]
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         if self.head == "linear":
             logits = step.model.classifier(step.features)
             return {"classification_loss": self.cross_entropy(logits, self.targets(step.batch, logits.device))}
-        text = self.class_embeddings(step, self.classes)
-        logits = self.factor(step) * step.video @ text.T  # (B, classes)
+        if self.text_moves and torch.is_grad_enabled():
+            self.known = {}  # what the text tower says is about to change
+        learns = self.train_text and torch.is_grad_enabled()
+        text = self.embed(step, self.learning) if learns else {self.classes: self.embed_known(step, self.classes)}
+        logits = self.factor(step) * step.video @ class_embeddings(text[self.classes]).T  # (B, classes)
         losses = {"classification_loss": self.cross_entropy(logits, self.targets(step.batch, logits.device))}
-        return losses | self.text_losses(step, text) if self.train_text else losses
+        return losses | self.text_losses(step, text) if learns else losses
 
-    def text_losses(self, step: Step, text: Tensor) -> dict[str, Tensor]:
+    def text_losses(self, step: Step, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the text tower learns without videos, given what it now makes of classes and kept prompts."""
         losses = {}
         if self.spread:
-            scale = self.factor(step)
-            scale = scale.detach() if isinstance(scale, Tensor) else scale
-            likeness = scale * text @ text.T  # (classes, classes)
-            own = torch.arange(len(text), device=text.device)
-            losses["text_spread_loss"] = self.spread * F.cross_entropy(likeness, own)
-        if self.keep_text:
-            now = step.text(self.kept_tokens)
-            losses["text_keep_loss"] = self.keep_text * (1 - (now * self.kept).sum(dim=-1)).mean()
+            losses["text_spread_loss"] = self.spread_loss(step, text[self.classes])
+        for key, name, weight in (("class", self.classes, self.keep_classes), ("text", "kept", self.keep_text)):
+            if weight:
+                cosine = (text[name] * getattr(self, f"{name}_before")).sum(dim=-1)
+                losses[f"{key}_keep_loss"] = weight * (1 - cosine).mean()
         return losses
+
+    def spread_loss(self, step: Step, prompts: Tensor) -> Tensor:
+        text, scale = class_embeddings(prompts), self.factor(step)
+        scale = scale.detach() if isinstance(scale, Tensor) else scale
+        likeness = scale * text @ text.T  # (classes, classes)
+        return self.spread * F.cross_entropy(likeness, torch.arange(len(text), device=text.device))
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
@@ -182,11 +224,17 @@ class Classification(Objective):
             return step.model.classifier(step.features)
         if not hasattr(self, "label_tokens"):
             return None
+        prompts = self.embed_known(step, "label")
         if self.classes == "label":
-            return self.factor(step) * step.video @ self.class_embeddings(step, "label").T
+            return self.factor(step) * step.video @ class_embeddings(prompts).T
         # whole captions were learned, not averages of them: a class is as likely as the likeliest of its prompts
-        text = step.text(self.label_tokens.flatten(0, 1), train=False)  # (classes * P, D)
-        return self.factor(step) * (step.video @ text.T).unflatten(1, self.label_tokens.shape[:2]).amax(dim=2)
+        scores = step.video @ prompts.flatten(0, 1).T  # (B, classes * prompts)
+        return self.factor(step) * scores.unflatten(1, prompts.shape[:2]).amax(dim=2)
 
     def factor(self, step: Step) -> Tensor | float:
         return step.model.logit_scale.exp() if self.scale is None else self.scale
+
+
+def class_embeddings(prompts: Tensor) -> Tensor:
+    """Embeddings of prompts (classes, prompts, D) -> of classes (classes, D): averaged, and of length one."""
+    return F.normalize(prompts.mean(dim=1), dim=-1)

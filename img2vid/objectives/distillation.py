@@ -29,20 +29,16 @@ class Distillation(Objective):
         if not (features or tokens):
             raise ObjectiveError("Distillation with features=0 and tokens=0 does nothing: leave it out.")
         self.features, self.tokens, self.mask_ratio = features, tokens, mask_ratio
-        self.__dict__["teacher"] = None  # not registered: neither saved, nor averaged, nor trained
 
     def setup(self, around: Surroundings) -> None:
-        if around.image_model is None:
-            raise ObjectiveError("Distillation needs the image model to compare with: give Surroundings(image_model=).")
-        some_weight = next(around.model.parameters())
-        teacher = around.image_model().eval().requires_grad_(False).to(some_weight.device)
-        self.__dict__["teacher"] = teacher
+        self.teacher = around.teacher("Distillation")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         clips = step.batch["clip"]  # (B, T, C, H, W)
-        tower = self.teacher.tower if hasattr(self.teacher, "tower") else self.teacher.visual.tower
+        teacher = self.teacher.on(clips)
+        tower = getattr(teacher, "visual", teacher).tower
         with torch.no_grad():
-            target, target_tokens = encode_clips(self.teacher, clips)  # (B, D), (B*T, P + N, D)
+            target, target_tokens = encode_clips(teacher, clips)  # (B, D), (B*T, P + N, D)
         visible = None
         features, tokens = step.encoded if not self.mask_ratio else (None, None)
         if self.mask_ratio:

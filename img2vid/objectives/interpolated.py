@@ -33,9 +33,12 @@ class InterpolatedWeights(Objective):
         self.start: dict[str, Tensor] = {}
 
     def setup(self, around: Surroundings) -> None:
+        if around.sharded:
+            raise ObjectiveError("InterpolatedWeights needs whole weights, not sharded ones (FSDP2): use strategy ddp.")
         self.objective.setup(around)
         # outside the registered modules: part of the beginning, not of the state
-        self.start = {name: p.detach().clone() for name, p in around.model.named_parameters() if p.requires_grad}
+        if around.training:
+            self.start = {name: p.detach().clone() for name, p in around.model.named_parameters() if p.requires_grad}
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         losses = self.objective(step)
@@ -43,7 +46,8 @@ class InterpolatedWeights(Objective):
         weights = dict(step.model.named_parameters())
         between = {}
         for name, start in self.start.items():
-            between[f"model.{name}"] = torch.lerp(weights[name], start.to(weights[name].device), share_of_start)
+            start = self.start[name] = start.to(weights[name])  # the trainer may have moved the model since
+            between[f"model.{name}"] = torch.lerp(weights[name], start, share_of_start)
         run = Scored(step.model, self.objective)
         there = torch.func.functional_call(run, between, (step.batch,))
         return losses | {f"interpolated_{name}": self.weight * loss for name, loss in there.items()}

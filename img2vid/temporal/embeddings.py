@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,21 +32,51 @@ def resample_pos_embed(
 
 
 def resample_time_embed(time_embed: Tensor, num_frames: int, mode: str = "linear") -> Tensor:
-    """Time embedding for another number of frames: (1, T, D) -> (1, T', D).
+    """Time embedding for another number of frames: (1, T, ..., D) -> (1, T', ..., D).
 
     Args:
-        mode: ``linear`` (half-pixel centres, so both ends of the clip keep their meaning) or ``nearest``, which is what
-            the original TimeSformer does.
+        mode: ``linear`` (half-pixel centres, so both ends of the clip keep their meaning); ``nearest``, which is what
+            the original TimeSformer does; ``crop_or_pad``, the first T' entries and zeros where there are fewer, which
+            is what Frozen in Time does.
     """
     # an exported program must not be fixed to the number of frames it was traced with
     if not torch.compiler.is_exporting() and time_embed.shape[1] == num_frames:
         return time_embed
-    signal = time_embed.float().transpose(1, 2)  # (1, D, T)
+    signal = time_embed.flatten(2).transpose(1, 2)  # (1, ... * D, T)
     if mode == "linear":
-        signal = F.interpolate(signal, size=num_frames, mode="linear", align_corners=False)
+        signal = F.interpolate(signal.float(), size=num_frames, mode="linear", align_corners=False)
+    elif mode == "nearest":
+        signal = F.interpolate(signal.float(), size=num_frames, mode="nearest")
     else:
-        signal = F.interpolate(signal, size=num_frames, mode="nearest")
-    return signal.transpose(1, 2).to(time_embed.dtype)
+        signal = F.pad(signal, (0, num_frames))[..., :num_frames]
+    return signal.transpose(1, 2).unflatten(2, time_embed.shape[2:]).to(time_embed.dtype)
+
+
+def time_of_tokens(time: Tensor, shape: torch.Size, num_prefix: int, num_shared: int) -> Tensor:
+    """What ``time_embed`` adds to tokens of ``shape`` (B*T, P + N, D), from one row a frame (T, D) or patch (T, N, D).
+
+    Args:
+        num_prefix: prefix tokens P, which have no place and so get nothing where each patch has a row of its own.
+        num_shared: those of them that belong to the whole clip and so are at no time in particular.
+    """
+    if time.ndim == 3:
+        time, num_shared = F.pad(time, (0, 0, num_prefix, 0)), num_prefix  # (T, P + N, D)
+    else:
+        time = time.unsqueeze(1).expand(-1, shape[1], -1)
+    time = time.repeat(shape[0] // time.shape[0], 1, 1)  # (B*T, P + N, D)
+    if not num_shared:
+        return time
+    return torch.cat([torch.zeros_like(time[:, :num_shared]), time[:, num_shared:]], dim=1)
+
+
+def resample_patch_times(
+    time_embed: Tensor, num_frames: int, new_grid: tuple[int, int], old_grid: tuple[int, int], mode: str = "linear"
+) -> Tensor:
+    """One embedding for each patch of each frame, at another clip size: (1, T, h*w, D) -> (1, T', h'*w', D)."""
+    if tuple(new_grid) != tuple(old_grid):
+        frames = [resample_pos_embed(frame, new_grid, old_grid, 0) for frame in time_embed.unbind(1)]
+        time_embed = torch.stack(frames, dim=1)
+    return resample_time_embed(time_embed, num_frames, mode)
 
 
 class TubeletConv2d(nn.Conv2d):
@@ -60,10 +91,11 @@ class TubeletConv2d(nn.Conv2d):
     tubelet_size: int
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = x.unflatten(1, (self.tubelet_size, -1))  # (B*T, K, C, H, W)
+        frames = rearrange(x, "b (k c) h w -> b k c h w", k=self.tubelet_size)
         centre = self.tubelet_size // 2
-        around = torch.cat([frames[:, :centre], frames[:, centre + 1 :]], dim=1).flatten(1, 2)  # (B*T, (K-1)*C, H, W)
-        weight = self.tubelet_weight.transpose(0, 1).flatten(1, 2)  # (D, (K-1)*C, h, w)
+        around = torch.cat([frames[:, :centre], frames[:, centre + 1 :]], dim=1)
+        around = rearrange(around, "b k c h w -> b (k c) h w")  # k: the K - 1 other frames
+        weight = rearrange(self.tubelet_weight, "k d c h w -> d (k c) h w")
         central = super().forward(frames[:, centre].contiguous())
         return central + F.conv2d(around, weight, None, self.stride, self.padding, self.dilation)
 

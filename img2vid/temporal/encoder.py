@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,7 +40,7 @@ class TemporalEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         num_frames = x.shape[1]
-        x = x.flatten(0, 1).unsqueeze(1)  # (B*T, 1, D)
+        x = rearrange(x, "b t d -> (b t) 1 d")
         for block in self.blocks:
             x = block(x, num_frames)
-        return x.squeeze(1).unflatten(0, (-1, num_frames))
+        return rearrange(x, "(b t) 1 d -> b t d", t=num_frames)

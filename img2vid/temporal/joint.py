@@ -8,6 +8,7 @@ quadratically in T. (TimeSformer's ``joint_space_time``, arXiv:2102.05095; ViViT
 from __future__ import annotations
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from img2vid.temporal.clip import ClipContext
@@ -21,16 +22,16 @@ class JointBlock(InFront):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # (B*T, P + N, D)
         num_frames, num_shared = self.clip.num_frames, self.num_shared_tokens
-        frames = x.unflatten(0, (-1, num_frames))  # (B, T, P + N, D)
+        frames = rearrange(x, "(b t) n d -> b t n d", t=num_frames)
         shared, own = frames[:, 0, :num_shared], frames[:, :, num_shared:]
-        tokens = torch.cat([shared, own.flatten(1, 2)], dim=1)
+        tokens = torch.cat([shared, rearrange(own, "b t n d -> b (t n) d")], dim=1)
         if kwargs.get("rope") is not None:
             kwargs["rope"] = self.rope_of_clip(kwargs["rope"])
         with self.clip.of(1):  # inside, a clip is one sequence: one row of the batch
             tokens = super().forward(tokens, *args, **kwargs)
-        shared = tokens[:, None, :num_shared].expand(-1, num_frames, -1, -1)
-        own = tokens[:, num_shared:].unflatten(1, (num_frames, -1))
-        return torch.cat([shared, own], dim=2).flatten(0, 1)
+        shared = repeat(tokens[:, :num_shared], "b s d -> (b t) s d", t=num_frames)
+        own = rearrange(tokens[:, num_shared:], "b (t n) d -> (b t) n d", t=num_frames)
+        return torch.cat([shared, own], dim=1)
 
     def rope_of_clip(self, rope: Tensor) -> Tensor:
         """Angles (..., N, D) of one frame's N patches -> (..., T*N, D), the same in every frame."""

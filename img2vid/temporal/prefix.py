@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,11 +41,13 @@ class AveragePrefix:
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
         tokens = output[0] if isinstance(output, tuple) else output  # (B*T, P + N, D)
-        prefix = tokens[:, : self.num_prefix_tokens].unflatten(0, (-1, self.clip.num_frames))  # (B, T, P, D)
+        prefix = tokens[:, : self.num_prefix_tokens]
+        prefix = rearrange(prefix, "(b t) p d -> b t p d", t=self.clip.num_frames)
         first = prefix[:, :1]
         # around the first frame, so that T equal rows average to themselves exactly, whatever T is
         prefix = (first + (prefix - first).mean(dim=1, keepdim=True)).expand_as(prefix)
-        return with_first(output, torch.cat([prefix.flatten(0, 1), tokens[:, self.num_prefix_tokens :]], dim=1))
+        prefix = rearrange(prefix, "b t p d -> (b t) p d")
+        return with_first(output, torch.cat([prefix, tokens[:, self.num_prefix_tokens :]], dim=1))
 
 
 class DrawPrefixOnce:
@@ -63,9 +66,10 @@ class DrawPrefixOnce:
         return (self.drawn_once(args[0]), *args[1:]) if block.training else args
 
     def drawn_once(self, tokens: Tensor) -> Tensor:
-        frames = tokens.unflatten(0, (-1, self.clip.num_frames))  # (B, T, P + N, D)
-        prefix = frames[:, :1, : self.num_prefix_tokens].expand(-1, self.clip.num_frames, -1, -1)
-        return torch.cat([prefix, frames[:, :, self.num_prefix_tokens :]], dim=2).flatten(0, 1)
+        num_frames, num_prefix = self.clip.num_frames, self.num_prefix_tokens
+        first = rearrange(tokens[:, :num_prefix], "(b t) p d -> b t p d", t=num_frames)[:, 0]
+        prefix = repeat(first, "b p d -> (b t) p d", t=num_frames)
+        return torch.cat([prefix, tokens[:, num_prefix:]], dim=1)
 
 
 @dataclass
@@ -94,11 +98,12 @@ class AttendToAllFrames:
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
         steps, num_prefix, num_frames = self.read(module), self.num_prefix_tokens, self.clip.num_frames
-        x = args[0].unflatten(0, (-1, num_frames))  # (B, T, P + N, D), already normalised
-        x = torch.cat([x[:, 0, :num_prefix], x[:, :, num_prefix:].flatten(1, 2)], dim=1)  # (B, P + T*N, D)
-        q, k, v = steps.qkv(x).unflatten(-1, (3, steps.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = rearrange(args[0], "(b t) n d -> b t n d", t=num_frames)  # n: prefix and patches, already normalised
+        patches = rearrange(x[:, :, num_prefix:], "b t n d -> b (t n) d")
+        x = torch.cat([x[:, 0, :num_prefix], patches], dim=1)  # (B, P + T*N, D)
+        q, k, v = rearrange(steps.qkv(x), "b s (qkv h d) -> qkv b h s d", qkv=3, h=steps.num_heads)
         q, k = steps.q_norm(q[:, :, :num_prefix]), steps.k_norm(k)  # (B, H, P, head_dim), (B, H, P + T*N, head_dim)
         prefix = F.scaled_dot_product_attention(q, k, v, scale=steps.scale, dropout_p=steps.drop)
-        prefix = steps.out(prefix.transpose(1, 2).flatten(2)).repeat_interleave(num_frames, dim=0)  # (B*T, P, D)
+        prefix = repeat(steps.out(rearrange(prefix, "b h p d -> b p (h d)")), "b p d -> (b t) p d", t=num_frames)
         tokens = output[0] if isinstance(output, tuple) else output  # (B*T, P + N, D)
         return with_first(output, torch.cat([prefix, tokens[:, num_prefix:]], dim=1))

@@ -3,11 +3,13 @@
 from img2vid.tuning.freezing import GradualUnfreezing, eval_frozen, freeze, frozen_by
 from img2vid.tuning.groups import LayerGroup, TuningError, layer_groups
 from img2vid.tuning.optimizers import build_optimizer, parameter_groups, penalty
+from img2vid.tuning.recipe import Tuning
 from img2vid.tuning.schedules import build_schedule
 
 __all__ = [
     "GradualUnfreezing",
     "LayerGroup",
+    "Tuning",
     "TuningError",
     "build_optimizer",
     "build_schedule",

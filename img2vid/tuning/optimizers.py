@@ -13,7 +13,7 @@ from img2vid.errors import nearest
 from img2vid.model import VideoModel, VideoTextModel
 from img2vid.tuning.groups import TuningError, decayed_names, layer_groups
 
-MULTIPLIERS = {"pretrained": 1.0, "copied": 5.0, "new": 10.0, "text": 1.0}
+MULTIPLIERS = {"pretrained": 1.0, "copied": 5.0, "new": 10.0, "text": 1.0, "time_embed": 1.0}
 OPTIMIZERS = ("adamw", "sgd")
 
 
@@ -32,13 +32,14 @@ def parameter_groups(
     Args:
         lr: of pretrained parameters in the last layer.
         multipliers: by origin, beyond the default of 1 for ``pretrained``, 5 for ``copied``, 10 for ``new``; and
-            ``text``, 1, which the text tower's rates are multiplied by as well.
+            ``text``, 1, which the text tower's rates are multiplied by as well, and ``time_embed``, 1, which that of
+            the time embedding is: it has as far to go as tokens are large, gates only as far as weights are.
         layer_decay: in (0, 1], as in BEiT (arXiv:2106.08254); None for the same rate in all layers.
         weight_decay: of matrices that multiply; norms, biases, gates, embeddings and temperatures have none.
 
     Returns:
         Dicts with ``params``, ``lr``, ``weight_decay`` and a unique ``name``: the origin, behind ``text`` for the text
-        tower, or behind the layer's name where layers differ; with ``/no_decay`` where so.
+        tower, or behind the layer's name where layers differ; with ``/time_embed`` and ``/no_decay`` where so.
 
     Raises:
         TuningError: numbers out of range, an unknown origin, or nothing to train.
@@ -64,9 +65,12 @@ def parameter_groups(
             if not parameter.requires_grad:
                 continue
             label = tower + layer.origin if layer_decay is None else layer.label
+            own_rate = rate
+            if name.endswith("time_embed") and multipliers["time_embed"] != 1.0:
+                own_rate, label = rate * multipliers["time_embed"], f"{label}/time_embed"
             label += "" if name in decayed else "/no_decay"
             decay = weight_decay if name in decayed else 0.0
-            group = found.setdefault(label, {"params": [], "lr": rate, "weight_decay": decay, "name": label})
+            group = found.setdefault(label, {"params": [], "lr": own_rate, "weight_decay": decay, "name": label})
             group["params"].append(parameter)
     if not found:
         raise TuningError(f"Every parameter of this {type(model).__name__} is frozen; there is nothing to train.")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -137,6 +138,25 @@ def test_ctrl_c_leaves_whole_files_and_exits_with_130(mixed, tmp_path, command):
     errors = running.communicate(timeout=120)[1]
     assert running.returncode == 130 and "interrupted" in errors.splitlines()[-1]
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "checked.csv").exists()
+
+
+def test_an_interrupt_while_processes_start_takes_effect_when_they_have(monkeypatch):
+    """The thread that manages a pool is awaited while it starts; interrupted there, it can no longer be joined."""
+    start, began = ProcessPoolExecutor._start_executor_manager_thread, []
+
+    def interrupted_start(pool):
+        signal.raise_signal(signal.SIGINT)
+        start(pool)
+        began.append(pool)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "_start_executor_manager_thread", interrupted_start)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests' own processes may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(check.in_processes(die_on_bad, [Row("a"), Row("b")], (), 1, lambda: None))
+        assert len(began) == 2 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def die_on_bad(row):

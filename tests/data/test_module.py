@@ -53,19 +53,21 @@ def trainer(folder, **options):
     return pl.Trainer(**quiet, default_root_dir=folder, **{"enable_checkpointing": False, **options})
 
 
-def test_a_run_stopped_in_an_epoch_sees_what_an_unbroken_run_sees(video_folder, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}], ids=["plain", "mixed"])
+def test_a_run_stopped_in_an_epoch_sees_what_an_unbroken_run_sees(video_folder, tmp_path, options):
     unbroken = Recorder()
-    trainer(tmp_path, max_epochs=3).fit(unbroken, datamodule=data(video_folder))
+    trainer(tmp_path, max_epochs=3).fit(unbroken, datamodule=data(video_folder, **options))
     assert [batch[0] for batch in unbroken.seen] == [[epoch] * 2 for epoch in range(3) for _ in range(5)]
     for steps in (2, 5, 8):  # within epoch 0, at its end, within epoch 1
         first = Recorder()
         saver = pl.callbacks.ModelCheckpoint(tmp_path / str(steps), every_n_train_steps=steps, save_top_k=-1)
         run = trainer(tmp_path, max_steps=steps, callbacks=[saver], enable_checkpointing=True)
-        run.fit(first, datamodule=data(video_folder))
+        run.fit(first, datamodule=data(video_folder, **options))
         checkpoint = next((tmp_path / str(steps)).glob("*.ckpt"))
         rest = Recorder()
         run = trainer(tmp_path, max_epochs=3)
-        run.fit(rest, datamodule=data(video_folder), ckpt_path=str(checkpoint), weights_only=True)
+        torch.manual_seed(steps)  # whatever was drawn before
+        run.fit(rest, datamodule=data(video_folder, **options), ckpt_path=str(checkpoint), weights_only=True)
         assert first.seen + rest.seen == unbroken.seen, steps
 
 

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from img2vid.data.clipwide import ClipColorJitter, ClipRandAugment
 from img2vid.data.transforms import InputSpec, MixClips, Normalise, TestTransform, TrainTransform
 
 SPEC = InputSpec(size=32, mean=(0.48, 0.45, 0.40), std=(0.26, 0.25, 0.27))
@@ -33,6 +37,50 @@ def test_all_frames_of_a_clip_are_treated_alike(options):
         assert all(torch.equal(out[0], frame) for frame in out)
         outputs.append(out[0])
     assert len({tuple(out.flatten().tolist()) for out in outputs}) == 12
+
+
+def one_operation(name):
+    augment = ClipRandAugment(1, 14)
+    augment._AUGMENTATION_SPACE = {name: v2.RandAugment._AUGMENTATION_SPACE[name]}
+    return augment
+
+
+COLOURS = ["Brightness", "Contrast", "Posterize", "Solarize", "AutoContrast", "Equalize"]
+
+
+@pytest.mark.parametrize("change", [*map(one_operation, COLOURS), ClipColorJitter(contrast=(0.3, 0.3))])
+def test_one_mapping_of_colours_serves_all_frames(change):
+    """A clip that fades to black: what was one colour of a channel in two frames is one colour afterwards."""
+    fading = torch.stack([noise(1)[0] // (k + 2) + 20 for k in range(4)])  # AutoContrast has something to stretch
+    torch.manual_seed(0)
+    out = change(fading)
+    assert out.shape == fading.shape and not torch.equal(out, fading)
+    for channel in range(3):
+        pairs = torch.stack([fading[:, channel].flatten(), out[:, channel].flatten()])
+        assert torch.unique(pairs, dim=1).shape[1] == torch.unique(pairs[0]).numel()
+    means = out.float().mean((1, 2, 3))
+    assert (means.diff() * means.diff()[0]).min() > 0  # it still fades (or, turned into its negative, brightens)
+
+
+@pytest.mark.parametrize("name", sorted(set(v2.RandAugment._AUGMENTATION_SPACE)))
+def test_operations_on_one_frame_are_torchvisions(name):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        own = one_operation(name)(noise(1))
+        theirs = v2.RandAugment(1, 14)
+        theirs._AUGMENTATION_SPACE = {name: v2.RandAugment._AUGMENTATION_SPACE[name]}
+        torch.manual_seed(seed)
+        assert torch.equal(own, theirs(noise(1)))
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 3, 200), (2, 200, 3), (1, 31, 33), (3, 2, 2)], ids=str)
+def test_clips_of_any_size(size):
+    clip, before = noise(*size), noise(*size)
+    assert TrainTransform(SPEC, **EVERYTHING)(clip, 3).shape == (size[0], 3, 32, 32)
+    assert TestTransform(SPEC, num_crops=3)(clip).shape == (3, size[0], 3, 32, 32)
+    assert torch.equal(clip, before)
+    one_pixel = InputSpec(1, SPEC.mean, SPEC.std)
+    assert TrainTransform(one_pixel, **EVERYTHING)(clip, 3).shape == (size[0], 3, 1, 1)
 
 
 def test_the_seed_alone_decides():
@@ -116,6 +164,63 @@ def test_cutmix_cuts_one_box_through_all_frames():
     assert torch.allclose(1 - soft.diagonal(), share, atol=1e-5)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4), st.booleans())
+def test_mixed_labels_are_shares(seed, size, classes, both):
+    mix = MixClips(classes, mixup_alpha=0.8, cutmix_alpha=1.0 if both else 0)
+    clips, labels = torch.rand(size, 2, 3, 7, 9), torch.arange(size) % classes
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    mixed, soft = mix(clips, labels, seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert soft.shape == (size, classes) and (soft >= 0).all() and torch.allclose(soft.sum(1), torch.ones(size))
+    assert mixed.shape == clips.shape and mixed.min() >= 0 and mixed.max() <= 1
+    again = mix(clips, labels, seed)
+    assert torch.equal(again[0], mixed) and torch.equal(again[1], soft)
+
+
+@pytest.mark.parametrize("labels", [[-1, 0], [0, 3], [0.0, 1.0]])
+def test_mixing_needs_labels(labels):
+    with pytest.raises(ValueError, match="a class number from 0 to 2 for each clip"):
+        MixClips(3)(torch.rand(2, 2, 3, 8, 8), torch.tensor(labels))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": (1.0, 0.25)},
+        {"scale": (0.0, 0.0)},
+        {"scale": (0.5, 2.0)},
+        {"scale": (-1.0, 1.0)},
+        {"scale": 0.5},
+        {"ratio": (2.0, 1.0)},
+        {"ratio": (0.0, 1.0)},
+        {"rand_augment": (2, 31)},
+        {"rand_augment": (2, -1)},
+        {"rand_augment": (0, 9)},
+        {"rand_augment": (2,)},
+        {"rand_augment": 9},
+        {"erase": 1.5},
+        {"color_jitter": -1.0},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_told_before_the_first_clip(options):
+    """Not by a worker, in torch's words, or never."""
+    with pytest.raises(ValueError):
+        TrainTransform(SPEC, **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mean": (123.7, 116.3, 103.5)}, {"std": (58.4, 57.1, 57.4)}, {"std": (float("nan"), 1.0, 1.0)}, {"size": 224.0}],
+    ids=str,
+)
+def test_what_no_backbone_expects_is_refused(change):
+    with pytest.raises(ValueError):
+        InputSpec(**{"size": 32, "mean": SPEC.mean, "std": SPEC.std, **change})
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -127,6 +232,8 @@ def test_cutmix_cuts_one_box_through_all_frames():
         (lambda: TestTransform(SPEC)(torch.zeros(2, 3, 40, 40)), "expected a uint8 clip"),
         (lambda: TrainTransform(SPEC)(torch.zeros(40, 40, 3, dtype=torch.uint8), 0), "expected a uint8 clip"),
         (lambda: MixClips(3, 0, 0), "does nothing"),
+        (lambda: MixClips(3, -1, 0), "mixup_alpha=-1"),
+        (lambda: TestTransform(SPEC)(noise(0)), "expected a uint8 clip"),
         (lambda: MixClips(3)(noise()[None], torch.zeros(1, dtype=torch.long)), "normalised clips"),
     ],
 )

@@ -219,7 +219,7 @@ def test_options_that_cannot_be_meant(nano_folder, digits, tmp_path, capsys, opt
 
 def test_a_result_that_could_not_be_written_is_said_first(nano_folder, digits, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("img2vid.evaluation.zero_shot.load", lambda folder: pytest.fail("loaded a model first"))
+    monkeypatch.setattr("img2vid.checkpoints.native.load", lambda folder: pytest.fail("loaded a model first"))
     out = ["--out", str(tmp_path / "file" / "result.json")]
     assert cli(["eval", "zero-shot", *arguments(nano_folder, digits, tmp_path, *out)]) == 2
     assert "file" in capsys.readouterr().err

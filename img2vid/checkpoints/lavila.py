@@ -1,0 +1,106 @@
+"""LaViLa's video towers (Zhao et al. 2022, arXiv:2212.04501; github.com/facebookresearch/LaViLa).
+
+Frozen in Time's space-time block inside OpenAI's CLIP tower: a norm before the blocks (to which the time embedding is
+added), quick-GELU, and where it was trained so, a tanh gate on attention along time. In LaViLa's code ``ln_pre`` and
+quick-GELU always come together, so the one in a file says the other. ``image_projection`` becomes the tower's head; the
+text tower, or the narrator's decoder, is dropped.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from img2vid.backbones.tower import Preprocess
+from img2vid.checkpoints.dialect import Dialect, Foreign
+from img2vid.checkpoints.frozen_in_time import SETTINGS
+from img2vid.checkpoints.plain_vit import EPS, plain_vit, sizes_of, square
+from img2vid.config import VideoConfig
+from img2vid.errors import WeightsError
+from img2vid.keytable import State
+
+TABLE = (
+    # LaViLa                                    img2vid
+    ("visual.cls_token", "cls_token"),
+    ("visual.pos_embed", "pos_embed"),
+    ("visual.temporal_embed", "time_embed"),
+    ("visual.patch_embed.proj", "patch_embed.proj"),
+    ("visual.ln_pre", "norm_pre"),
+    ("visual.blocks.{i}.norm3", "blocks.{i}.temporal_norm1"),
+    ("visual.blocks.{i}.timeattn.qkv", "blocks.{i}.temporal_attn.qkv"),
+    ("visual.blocks.{i}.timeattn.proj", "blocks.{i}.temporal_attn.proj"),
+    ("visual.blocks.{i}.alpha_timeattn", "blocks.{i}.temporal_fc.alpha"),
+    ("visual.blocks.{i}.norm1", "blocks.{i}.norm1"),
+    ("visual.blocks.{i}.attn.qkv", "blocks.{i}.attn.qkv"),
+    ("visual.blocks.{i}.attn.proj", "blocks.{i}.attn.proj"),
+    ("visual.blocks.{i}.norm2", "blocks.{i}.norm2"),
+    ("visual.blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc1"),
+    ("visual.blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
+    ("visual.norm", "norm"),
+    ("image_projection.0", "head"),
+    ("fc_cls", "classifier"),
+)
+PROJECTION = "image_projection"  # (D, E), without bias, in models with OpenAI's text tower
+
+
+def unpack(state: State, config: VideoConfig | None = None) -> State:
+    """A gate is one number, of shape (1) with us; a projection is a Linear, whose bias is zero where they have none."""
+    state = {key: tensor.reshape(1) if key.endswith(".alpha_timeattn") else tensor for key, tensor in state.items()}
+    if PROJECTION in state:
+        weight = state.pop(PROJECTION).T.contiguous()
+        bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+        state |= {f"{PROJECTION}.0.weight": weight, f"{PROJECTION}.0.bias": bias}
+    return state
+
+
+def pack(state: State, config: VideoConfig) -> State:
+    state = {key: tensor.reshape(()) if key.endswith(".alpha_timeattn") else tensor for key, tensor in state.items()}
+    if f"{PROJECTION}.0.weight" in state and "visual.ln_pre.weight" in state:
+        bias = state.pop(f"{PROJECTION}.0.bias")
+        if not bias.is_meta and bool(bias.any()):
+            raise WeightsError("LaViLa's image_projection has no bias, but this model's head has one that is not zero.")
+        state[PROJECTION] = state.pop(f"{PROJECTION}.0.weight").T.contiguous()
+    return state
+
+
+def describe(file: Foreign) -> VideoConfig:
+    prefix = LAVILA.prefix
+    state = unpack(LAVILA.with_prefix(file.state))
+    named = Foreign(file.path, state, notes=file.notes, num_heads=file.num_heads)
+    conv = f"{prefix}patch_embed.proj"
+    sizes = sizes_of(named, block=f"{prefix}blocks.{{i}}.", conv=conv, fc1="mlp.fc1", qkv="attn.qkv.bias")
+    num_places = named.require(f"{prefix}pos_embed").shape[1] - 1
+    is_clip = f"{prefix}ln_pre.weight" in state
+    clip = {"pre_norm": True, "activation": "quick_gelu", "norm_eps": {"norm_pre": 1e-5, "": EPS}} if is_clip else {}
+    head = {"num_classes": len(state[f"{PROJECTION}.0.bias"])} if f"{PROJECTION}.0.bias" in state else {}
+    quirks = (*SETTINGS["quirks"], *(["time_before_norm_pre"] if is_clip else []))
+    return VideoConfig(
+        **plain_vit(**sizes, image_size=square(file, num_places, sizes["patch_size"]), **clip, **head),
+        num_frames=named.require(f"{prefix}temporal_embed").shape[1],
+        gate="tanh" if f"{prefix}blocks.0.alpha_timeattn" in state else "none",
+        num_classes=len(state["fc_cls.bias"]) if "fc_cls.bias" in state else None,
+        **{**SETTINGS, "quirks": quirks},
+    )
+
+
+def recognise(file: Foreign) -> bool:
+    return any(key.startswith("visual.blocks.0.timeattn.") for key in file.state)
+
+
+LAVILA = Dialect(
+    name="lavila",
+    title="LaViLa's video tower",
+    table=TABLE,
+    describe=describe,
+    recognise=recognise,
+    prefix="visual.",
+    dropped=(
+        r"(transformer|token_embedding|ln_final|textual|text_decoder)\..*",
+        r"(positional_embedding|logit_scale)",
+        r"text_projection(\..*)?",
+        r"img_(queries|attn_pool(_norm)?)(\..*)?",
+    ),
+    unpack=unpack,
+    pack=pack,
+    wrapper=("state_dict", "module."),
+    pixels=Preprocess((0.424813, 0.457827, 0.408211), (0.268629, 0.261303, 0.275777), "bicubic"),
+)

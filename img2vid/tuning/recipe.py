@@ -1,0 +1,73 @@
+"""All settings of tuning in one place, and what they make: groups, optimiser, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from img2vid.model import VideoModel, VideoTextModel
+from img2vid.tuning.optimizers import build_optimizer, parameter_groups
+from img2vid.tuning.schedules import build_schedule
+
+
+@dataclass
+class Tuning:
+    """How the weights are moved; each setting is explained in full where it is used.
+
+    Args:
+        lr: learning rate of pretrained parameters.
+        multipliers: of the rates of ``pretrained`` (1), ``copied`` (5) and ``new`` (10) parameters, and on top of
+            that of the text tower (``text``, 1) and the time embedding (``time_embed``, 1).
+        layer_decay: factor on the rate per layer, from the output down; None for none.
+        weight_decay: of matrices; norms, biases, gates and embeddings have none.
+        optimizer: ``adamw`` (betas) | ``sgd`` (momentum).
+        schedule: ``cosine`` | ``constant`` | ``step`` (at milestones, by factors).
+        warmup: steps, or a fraction of all steps below 1.
+        freeze: ``none``, ``temporal_only``, ``image``, ``text``, ``first:N``, a regular expression, or a list of these.
+        unfreeze: epoch -> how many layers from the output train from then on, or ``all``.
+        l1, l2: penalties added to the loss.
+    """
+
+    lr: float = 1e-5
+    multipliers: dict[str, float] = field(default_factory=dict)
+    layer_decay: float | None = None
+    weight_decay: float = 0.05
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.98)
+    momentum: float = 0.9
+    schedule: str = "cosine"
+    warmup: int | float = 0.05
+    final: float = 0.0
+    milestones: list[int | float] = field(default_factory=list)
+    factors: float | list[float] = 0.1
+    freeze: str | list[str] = "none"
+    unfreeze: dict[int, int | str] = field(default_factory=dict)
+    l1: float = 0.0
+    l2: float = 0.0
+
+    def build(self, model: VideoModel | VideoTextModel, total_steps: int) -> tuple[Optimizer, LambdaLR]:
+        """An optimiser over what is not frozen, and the schedule to be stepped after each of its steps.
+
+        Args:
+            total_steps: optimiser steps of the whole training.
+        """
+        groups = parameter_groups(
+            model,
+            self.lr,
+            multipliers=self.multipliers,
+            layer_decay=self.layer_decay,
+            weight_decay=self.weight_decay,
+        )
+        optimizer = build_optimizer(groups, self.optimizer, betas=self.betas, momentum=self.momentum)
+        schedule = build_schedule(
+            optimizer,
+            self.schedule,
+            total_steps=total_steps,
+            warmup=self.warmup,
+            final=self.final,
+            milestones=self.milestones,
+            factors=self.factors,
+        )
+        return optimizer, schedule

@@ -1,0 +1,77 @@
+"""`img2vid demo`: all of its steps at a small size, and a page that holds what was measured."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+import img2vid
+from img2vid.cli import main as cli
+from img2vid.demo import story
+from img2vid.evaluation.results import read_result
+
+TINY = story.Size(train=24, val=8, test=16, steps=4, look_every=2)
+PICTURES = {"strips", "accuracy", "losses", "gates", "attention", "before_after"}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "told"
+    return folder, story.tell(folder, TINY)
+
+
+def test_the_image_model_is_good_and_converting_changes_nothing(told):
+    folder, facts = told
+    assert facts["pictures"]["accuracy"] > 0.93  # 359 digits
+    assert facts["certificate"]["largest_difference"] == 0.0
+    assert facts["before"]["is_mean"] and not facts["after"]["is_mean"]
+    assert json.loads((folder / "converted" / "certificate.json").read_text())["ok"]
+    assert facts["before"]["shuffled"] == facts["before"]["motion"]  # the mean of frames knows no order
+
+
+def test_the_facts_are_those_of_the_result_files(told):
+    folder, facts = told
+    assert json.loads((folder / "demo.json").read_text()) == facts
+    for when in ("before", "after"):
+        panel, named = (read_result(folder / f"{when}-{what}.json") for what in ("motion", "digits"))
+        assert panel["metrics"]["model"]["top1"] == facts[when]["motion"]
+        assert named["metrics"]["model"]["summary"]["top1"] == facts[when]["digits"]
+        assert panel["data"]["used"] == named["data"]["used"] == TINY.test
+
+
+def test_backwards_counts_what_becomes_its_opposite():
+    names = ["moving left", "moving right", "growing"]
+    reversed_ = [[1, 5, 0], [3, 1, 2], [4, 0, 4]]  # growing shrinks, which is not among these names
+    panel = {"confusion": {"reversed": [row + [0] for row in reversed_] + [[0, 0, 9, 1]]}}
+    panel["data"] = {"classes": [*names, "shrinking"]}
+    assert story.taken_for_the_opposite(panel) == (5 + 3 + 0 + 9) / (6 + 6 + 8 + 10)
+
+
+def test_the_trained_model_and_its_recipe_can_be_gone_on_with(told):
+    folder, _ = told
+    assert img2vid.load(folder / "trained").config.num_frames == 4
+    recipe, shipped = yaml.safe_load((folder / "train.yaml").read_text()), yaml.safe_load(story.RECIPE.read_text())
+    assert recipe["model"].pop("save_to") == str(folder / "trained")
+    recipe["model"]["how"]["warmup"], shipped["model"]["how"]["warmup"] = 0, 0  # shorter in a short run
+    assert recipe["model"] == shipped["model"] and recipe["trainer"]["max_steps"] == TINY.steps
+
+
+def test_the_page_needs_nothing_beside_it(told):
+    folder, facts = told
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page
+    assert page.count("data:image/png;base64,") >= len(PICTURES)
+    assert {path.stem for path in folder.glob("*.png")} == PICTURES
+    for when in ("before", "after"):
+        assert f"{100 * facts[when]['digits']['value']:.1f} [" in page
+    assert "Result      OK" in page  # the certificate
+
+
+def test_a_folder_in_use_is_left_alone(told, tmp_path, capsys):
+    folder, _ = told
+    assert cli(["demo", "--out", str(folder)]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert cli(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert (tmp_path / "file").read_text() == ""
