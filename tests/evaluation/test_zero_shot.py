@@ -205,7 +205,7 @@ def test_texts_that_fail_do_so_before_any_video_is_read(nano, motion, monkeypatc
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (["--num-frames", "0"], "expected numbers above 0"),
+        (["--num-frames", "0"], "above 0: ClipSampler(num_frames=0"),
         (["--backend", "av"], "backend='av': expected one of auto, pyav"),
         (["--device", "cuda:63"], "device='cuda:63' cannot be used"),
         (["--device", "gpu"], "device='gpu' cannot be used"),
