@@ -377,6 +377,8 @@ def test_folders_that_hold_something_else(tmp_path):
         convert("timm:vit_base_patch16_224", tmp_path / "empty")
     theirs = oracle(transformers.ViTModel, transformers.ViTConfig(**VISION))
     path = folder(theirs, tmp_path / "hf")
+    with pytest.raises(WeightsError, match=r"missing:\n.*ln_final"):  # before anything finer is said
+        img2vid.convert(open_clip_folder(tmp_path / "oc", quick_gelu=True), weights=path, num_frames=2)
     with pytest.raises(WeightsError, match="has 4 attention heads, the model built here 2"):
         convert("timm:vit_base_patch16_224", path, num_heads=2)
     config = json.loads((path / "config.json").read_text())
