@@ -291,6 +291,28 @@ def test_an_archive_says_its_activation_and_its_code_is_not_run(tmp_path):
     assert all(torch.equal(again.state[key], state[key]) for key in state)
 
 
+class WithLists(nn.Module):
+    sizes: list[int]
+    named: dict[str, float]
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.sizes, self.named = nn.Linear(2, 3), [1, 2], {"a": 1.0}
+
+    def forward(self, x):
+        return self.inner(x) * self.sizes[0] * self.named["a"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_attributes_of_an_archive_that_are_no_tensors(tmp_path):
+    model = WithLists()
+    torch.jit.save(torch.jit.script(model), str(tmp_path / "a.pt"))
+    file = read_weights(tmp_path / "a.pt")
+    assert file.activation is None
+    assert file.state.keys() == model.state_dict().keys()
+    assert all(torch.equal(file.state[key], tensor) for key, tensor in model.state_dict().items())
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_archive_made_to_run_code_does_not_run_it(tmp_path):
     archive(quick(), tmp_path / "a.pt")
