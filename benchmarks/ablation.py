@@ -26,6 +26,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
+
 import img2vid
 from benchmarks.motion import measure, read_clips
 from img2vid.config import Gate, PrefixMode, TemporalInit
@@ -62,6 +64,9 @@ def train(cell: dict[str, str], motion_set: Path, config: Path, folder: Path, sh
         "trainer.default_root_dir": folder,
         "trainer.max_steps": shared["steps"],
         "trainer.val_check_interval": shared["every"],
+        "trainer.num_sanity_val_steps": 0,
+        "data.eval_batch_size": shared["videos"],
+        "trainer.limit_val_batches": 1,
         "trainer.callbacks": "[]",
         "trainer.enable_checkpointing": "false",
         "trainer.enable_progress_bar": "false",
@@ -92,6 +97,7 @@ def run_cell(cell: dict[str, str], motion_set: Path, config: Path, out: Path, sh
     learned, branch = logged(logs / "metrics.csv")
     model = img2vid.load(logs / "model")
     clips = read_test_clips(motion_set, model.config.num_frames, model.visual.tower.image_size[0])
+    clips = [part[: shared["videos"]] for part in clips]  # scene by scene, so all classes are there equally often
     before = img2vid.convert(model.config.backbone, num_frames=model.config.num_frames, **cell)
     found = {
         "cell": cell,
@@ -118,8 +124,9 @@ def finished(path: Path, shared: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found = json.loads(path.read_text())
-    if found["settings"] != shared:
-        raise SystemExit(f"{path} was made with {found['settings']}, not with {shared}. Choose another --out.")
+    changed = [name for name in shared if found["settings"].get(name) != shared[name]]
+    if changed:
+        raise SystemExit(f"{path} was made with other {', '.join(changed)}. Choose another --out, or delete it.")
     return found
 
 
@@ -143,11 +150,18 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.ablation", description=__doc__.split("\n")[0])
     parser.add_argument("motion_set", type=Path, help="folder written by img2vid data synth")
-    parser.add_argument("--steps", type=int, default=250, help="training steps per cell (default: 250)")
-    parser.add_argument("--every", type=int, default=50, help="steps between validations (default: 50)")
+    parser.add_argument("--steps", type=at_least_one, default=250, help="training steps per cell (default: 250)")
+    parser.add_argument("--every", type=at_least_one, default=50, help="steps between validations (default: 50)")
+    parser.add_argument("--videos", type=at_least_one, default=200, help="validated and tested on (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", type=Path, default=CONFIG, help="training settings (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
@@ -156,12 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [cell for cell in cells() if options.only in name_of(cell)]
     if not chosen:
         parser.error(f"--only {options.only}: no such cell. There are: {', '.join(map(name_of, cells()))}")
-    shared = {
-        "steps": options.steps,
-        "every": options.every,
-        "seed": options.seed,
-        "config": options.config.read_text(),
-    }
+    if not (options.motion_set / "test.csv").exists():
+        parser.error(f"{options.motion_set} holds no test.csv. Make the set first: img2vid data synth")
+    shared = {name: getattr(options, name) for name in ("steps", "every", "videos", "seed")}
+    shared["config"] = yaml.safe_load(options.config.read_text())
     results = []
     for cell in chosen:
         path = options.out / "cells" / (name_of(cell).replace("/", "-") + ".json")

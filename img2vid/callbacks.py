@@ -203,13 +203,13 @@ class SaveModel(pl.Callback):
         if trainer.interrupted:
             return
         state = gathered(module.model, keep=trainer.is_global_zero)
+        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model")  # asks all processes
         if not trainer.is_global_zero:
             return
         from img2vid.checkpoints.native import build_backbone, save
         from img2vid.model import build_model
         from img2vid.movement import measure_movement
 
-        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model")
         model = build_model(build_backbone(module.model.config), module.model.config)
         model.load_state_dict(state)
         movement = measure_movement(model, module.beginning, trainer.global_step, self.clips)

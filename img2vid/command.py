@@ -155,3 +155,24 @@ class Progress(logging.Handler):
             logger.setLevel(before[0])
             logger.propagate = before[1]
             logger.removeHandler(self)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar with the time that is left, on standard error; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    hidden = not shown or not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -179,7 +179,10 @@ class VideoConfig:
         return sorted(set(layers))
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As JSON and YAML have it, with lists for tuples."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VideoConfig:

@@ -6,14 +6,11 @@ not asked whether they are installed but made to decode a small video that is wr
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from packaging.markers import default_environment
@@ -181,15 +178,3 @@ def print_diagnosis(found: Diagnosis) -> None:
     console.print(table)
     if not found.ok:
         console.print("What is marked WRONG keeps img2vid from working; each line says what mends it.")
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid doctor", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    options = parser.parse_args(argv)
-    found = diagnose()
-    if options.json:
-        print(json.dumps({"ok": found.ok, "version": __version__, **asdict(found)}, indent=2))
-    else:
-        print_diagnosis(found)
-    return 0 if found.ok else 1

@@ -3,8 +3,6 @@ said line by line; docs/scaling.md has examples."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,18 +11,15 @@ from typing import Any
 import torch
 
 from img2vid.backbones import load_backbone
-from img2vid.command import run_command
+from img2vid.choices import OPTIMIZER_STATES, TRAINING_PRECISIONS
 from img2vid.config import ConfigError, VideoConfig, one_of
 from img2vid.footprint import Footprint, measure_on_nothing
 from img2vid.model import VideoModel, VideoTextModel, build_model
-from img2vid.options import add_settings, option_groups
 from img2vid.tuning import freeze, layer_groups
 from img2vid.tuning.groups import image_tower_of
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 # peak dense TFLOP/s of one NVIDIA A100 (its data sheet): without tensor cores for 32-true, with them otherwise
 A100_TFLOPS = {"32-true": 19.5, "bf16-mixed": 312.0, "16-mixed": 312.0, "bf16-true": 312.0}
-STATES = {"adamw": 2, "sgd": 1}  # numbers an optimiser keeps for each parameter
 GIB = 2**30
 
 
@@ -51,7 +46,7 @@ class Estimate:
 
     @property
     def optimizer_bytes(self) -> int:
-        return STATES[self.optimizer] * self.footprint.gradient_bytes
+        return OPTIMIZER_STATES[self.optimizer] * self.footprint.gradient_bytes
 
     @property
     def bucket_bytes(self) -> int:
@@ -124,8 +119,8 @@ def estimate(
     Raises:
         Img2VidError: a setting out of range, or a backbone that is unknown or unsupported.
     """
-    one_of("precision", precision, PRECISIONS)
-    one_of("optimizer", optimizer, tuple(STATES))
+    one_of("precision", precision, TRAINING_PRECISIONS)
+    one_of("optimizer", optimizer, tuple(OPTIMIZER_STATES))
     device_tflops = A100_TFLOPS[precision] if device_tflops is None else device_tflops
     for name, value in {"batch_size": batch_size, "gpus": gpus, "clips": clips}.items():
         if not isinstance(value, int) or value < 1:
@@ -177,6 +172,7 @@ def sizes_of(model: VideoModel | VideoTextModel) -> dict[str, int]:
 def lines(e: Estimate) -> list[str]:
     """The estimate as people read it, arithmetic included."""
     cost, size = e.footprint, " x ".join(map(str, e.settings["image_size"]))
+    states = OPTIMIZER_STATES[e.optimizer]
     forward = cost.forward_flops / e.batch_size
     again = ", blocks run twice" if e.checkpointing else ""
     steps = math.ceil(e.clips / (e.batch_size * e.gpus))
@@ -196,7 +192,7 @@ def lines(e: Estimate) -> list[str]:
         f"({e.flops_per_clip / forward:.2f} x{again}); measured on fake tensors",
         "Memory of one GPU, everything replicated (DDP)",
         memory("weights", e.weight_bytes, f"{e.parameters / 1e6:,.1f} M parameters"),
-        memory("optimiser states", e.optimizer_bytes, f"{STATES[e.optimizer]} x {in_units(cost.gradient_bytes)}"),
+        memory("optimiser states", e.optimizer_bytes, f"{states} x {in_units(cost.gradient_bytes)}"),
         memory("gradient buckets", e.bucket_bytes, f"{e.trainable / 1e6:,.1f} M x {per_number:g} bytes, none on 1 GPU"),
         memory("activations and gradients, at most", cost.peak_bytes, "measured on fake tensors"),
         memory("total", e.ddp_bytes, ""),
@@ -218,42 +214,3 @@ def lines(e: Estimate) -> list[str]:
 
 def in_units(size: float) -> str:
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="img2vid estimate",
-        description="Parameters, FLOPs, memory and GPU-hours of a training, without weights or a GPU.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--backbone", required=True, help="alias, timm:NAME, open_clip:ARCH or nano_clip")
-    parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="B", help="clips for each GPU and step (default: 8)"
-    )
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all nodes together (default: 1)")
-    parser.add_argument(
-        "--clips", type=int, default=1_000_000, help="clips seen in the whole training (default: 1,000,000)"
-    )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="bf16-mixed", help="as Lightning calls it (default: bf16-mixed)"
-    )
-    parser.add_argument("--checkpointing", action="store_true", help="run blocks again in backward")
-    parser.add_argument(
-        "--freeze-policy", nargs="+", default="none", help="none, temporal_only, image, text, first:N (default: none)"
-    )
-    parser.add_argument("--optimizer", choices=list(STATES), default="adamw", help="what keeps states (default: adamw)")
-    parser.add_argument("--device-tflops", type=float, metavar="TFLOPS", help="the GPU's peak; an A100's if not given")
-    parser.add_argument(
-        "--mfu", type=float, default=0.35, help="share of the peak that is reached; measure yours (default: 0.35)"
-    )
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    add_settings(option_groups(parser))
-    given = vars(parser.parse_args(argv))
-    return run_command(lambda: estimate_command(given))
-
-
-def estimate_command(given: dict[str, Any]) -> int:
-    as_json = given.pop("json")
-    result = estimate(given.pop("backbone"), **given)
-    print(json.dumps(result.to_dict(), indent=2) if as_json else result)
-    return 0

@@ -61,6 +61,8 @@ QUIET = (
     "LightningCLI's args parameter",  # ours are the command line's
     "Found .* in eval mode at the start of training",  # frozen parts are, on purpose (img2vid.tuning.eval_frozen)
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between lightning and torch
+    "The dirpath has changed",  # each run has a folder of its own
+    "Total length of `list` across ranks is zero",  # no list to validate on
     "Checkpoint directory .* exists and is not empty",  # a run that goes on in its folder
 )
 

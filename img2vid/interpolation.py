@@ -9,7 +9,6 @@ tanh(g) of its branch, so tanh(g) is interpolated, not g. With ``gate="none"`` t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import re
@@ -31,7 +30,6 @@ from img2vid.checkpoints.native import (
     read_description,
     save,
 )
-from img2vid.command import run_command
 from img2vid.config import VideoConfig
 from img2vid.errors import Img2VidError, WeightsError
 from img2vid.guarantees import Guarantee
@@ -213,43 +211,3 @@ def original_image_model(model: VideoModel | VideoTextModel, weights: str | None
             "before training, in place of the word image."
         )
     return load_backbone(config.backbone, weights=weights, image_size=config.image_size, arguments=config.backbone_args)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="img2vid interpolate",
-        description="Interpolate between an image model and the video model it became, or average video models.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="model folders; the first may be the word image: the pretrained weights that the second was made from",
-    )
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--alpha", type=float, help="from 0 (first model) to 1 (second model)")
-    how.add_argument("--average", action="store_true", help="the mean of two or more folders")
-    parser.add_argument("--weights", metavar="FILE", help="local weights file of the image model, for the word image")
-    parser.add_argument("--out", metavar="FOLDER", required=True, help="where to write the model")
-    given = parser.parse_args(argv)
-    return run_command(lambda: interpolate_command(given))
-
-
-def interpolate_command(given: argparse.Namespace) -> int:
-    if given.alpha is not None:
-        check_alpha(given.alpha)
-    check_arguments(given)
-    return run(given.models, Path(given.out), given.alpha, given.weights)
-
-
-def check_arguments(given: argparse.Namespace) -> None:
-    count, is_image = len(given.models), [name == "image" for name in given.models]
-    if given.alpha is not None and count != 2:
-        raise InterpolationError(f"--alpha is between two models, but {count} were given. --average takes any number.")
-    if given.average and count < 2:
-        raise InterpolationError("--average of one model is that model; give at least two folders.")
-    if any(is_image[1:]) or (given.average and any(is_image)):
-        raise InterpolationError("The word image stands for the first of two models, with --alpha.")
-    if given.weights is not None and not any(is_image):
-        raise InterpolationError("--weights belongs to the word image; folders have their own weights.")

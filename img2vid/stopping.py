@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from img2vid.data.loading import EvalSampler
+from img2vid.data.loading import num_batches
 
 
 class Terminated(SIGTERMException):
@@ -72,7 +72,8 @@ class StopBetweenSteps(pl.Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if not trainer.sanity_checking and batch_idx < validation_batches(trainer)[0]:
+        fewest, _ = num_batches(trainer.val_dataloaders, trainer.limit_val_batches)
+        if not trainer.sanity_checking and batch_idx < fewest:
             self.obey(trainer)
 
     def obey(self, trainer: pl.Trainer) -> None:
@@ -87,17 +88,6 @@ class StopBetweenSteps(pl.Callback):
         if asked and self.requeue is not None:
             self.asked = 0
             self.requeue(asked, None)
-
-
-def validation_batches(trainer: pl.Trainer) -> tuple[int, int]:
-    """How many the process with the fewest has, and that with the most; (0, 0) where loaders are not img2vid's."""
-    loader = trainer.val_dataloaders
-    sampler, limit = getattr(loader, "sampler", None), trainer.limit_val_batches
-    if not isinstance(sampler, EvalSampler):
-        return 0, 0
-    counts = sampler.num_batches(loader.batch_size)
-    fewest, most = (min(n, limit) if isinstance(limit, int) else int(n * limit) for n in counts)
-    return fewest, most
 
 
 class CheckpointOnException(pl.Callback):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from img2vid.averaging import check_averaging
 from img2vid.backbones import wrap_module
@@ -26,12 +28,14 @@ from img2vid.callbacks import ParameterSummary, SaveModel, Throughput, WatchTime
 from img2vid.checkpoints.native import load, load_reference
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.convert import convert
+from img2vid.data.loading import num_batches
 from img2vid.data.order import draw_seed
 from img2vid.data.transforms import InputSpec
 from img2vid.errors import Img2VidError
 from img2vid.model import VideoModel, VideoTextModel, build_model
 from img2vid.movement import Beginning
 from img2vid.objectives import Objective, Step, Surroundings
+from img2vid.objectives.base import is_of_text
 from img2vid.stopping import CheckpointOnException, StopBetweenSteps
 from img2vid.tuning import GradualUnfreezing, Tuning, eval_frozen, freeze, penalty
 
@@ -126,7 +130,9 @@ class VideoTraining(pl.LightningModule):
         if isinstance(self.trainer.strategy, DDPStrategy):
             # buffers are constants here; keeping them equal would be one more thing to wait for, and ranks may have
             # unequally many batches to validate
-            self.trainer.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+            option = "forward_sync_buffers"  # of torch >= 2.14
+            option = option if option in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+            self.trainer.strategy._ddp_kwargs.setdefault(option, False)
 
     def image_model(self) -> VideoModel | VideoTextModel:
         """A frozen copy of the image model as it was in the beginning, applied to each frame."""
@@ -219,10 +225,34 @@ class VideoTraining(pl.LightningModule):
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self.evaluate(batch, "test")
 
+    def on_validation_epoch_start(self) -> None:
+        self.evaluated = 0
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluated = 0
+
+    def on_validation_epoch_end(self) -> None:
+        sanity = self.trainer.sanity_checking
+        limit = self.trainer.num_sanity_val_steps if sanity else self.trainer.limit_val_batches
+        self.keep_pace(self.trainer.val_dataloaders, limit)
+
+    def on_test_epoch_end(self) -> None:
+        self.keep_pace(self.trainer.test_dataloaders, self.trainer.limit_test_batches)
+
+    def keep_pace(self, loader: Any, limit: int | float) -> None:
+        """Sharded blocks are put together by all processes at once: one with fewer batches joins in until the end."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for _ in range(num_batches(loader, limit)[1] - self.evaluated):
+                if not self.evaluated:
+                    raise TrainingError("There are fewer videos to evaluate than processes; sharded models need more.")
+                self.objective.predict(self.step_of({}, self.last_clips))
+
     def evaluate(self, batch: Mapping[str, Any], name: str) -> None:
         """Accuracy over classes, scores averaged over the views of a video: clip (B, V, T, C, H, W)."""
         clips, label = batch["clip"], batch["label"]
-        scores = self.objective.predict(self.step_of(batch, clips.flatten(0, 1)))
+        self.evaluated += 1
+        self.last_clips = clips.flatten(0, 1)
+        scores = self.objective.predict(self.step_of(batch, self.last_clips))
         if scores is None or self.accuracy is None:
             return
         shares = scores.float().softmax(dim=-1).unflatten(0, clips.shape[:2]).mean(dim=1)  # (B, classes)
@@ -268,7 +298,7 @@ def freeze_what_is_not_read(model: VideoModel | VideoTextModel, objective: Objec
     """Parameters that no gradient will reach: DistributedDataParallel would wait for them."""
     for name, parameter in model.named_parameters():
         is_scale = name in ("logit_scale", "logit_bias")
-        of_text = hasattr(model, "encode_text") and not name.startswith("visual.") and not is_scale
+        of_text = hasattr(model, "encode_text") and is_of_text(name)
         if (of_text and not objective.trains_text) or (is_scale and not objective.reads_scale):
             parameter.requires_grad_(False)
 

@@ -59,6 +59,15 @@ def clips():
     return torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="session")
+def motion_set(tmp_path_factory):
+    """Moving digits: 24 videos to train on, 16 to validate, 8 to test, of 4 frames of 32 x 32 pixels."""
+    from img2vid.data.synthetic import MotionSettings, make_motion_set
+
+    folder = tmp_path_factory.mktemp("motion") / "set"
+    return make_motion_set(folder, MotionSettings(train=24, val=16, test=8, size=32, num_frames=4))
+
+
 def hear_interrupts() -> None:
     """For ``preexec_fn``: children of a job in the background would ignore SIGINT, as their parents do."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

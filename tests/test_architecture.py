@@ -13,6 +13,7 @@ ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
     {"_version", "errors"},
+    {"choices"},
     {"config", "bytecount", "overlay", "keytable", "torchscript"},
     {"weightindex"},
     {"weightfiles"},
@@ -32,6 +33,7 @@ TIERS = [
     {"training"},
     {"fit"},
     {"demo", "doctor"},
+    {"commands"},
     {"cli", "__init__"},
     {"__main__", "demo.__main__"},
 ]

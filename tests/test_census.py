@@ -11,7 +11,8 @@ from img2vid.backbones.from_timm import REFUSALS
 from img2vid.backbones.tower import structural_copy
 from img2vid.certificate import certify
 from tests.census.models import all_names, load_full_size, load_small_with_text
-from tests.census.page import installed, read_page, write_page
+from tests.census.page import PAGE as PAGE_FILE
+from tests.census.page import installed, read_page, summary, write_page
 from tests.census.survey import RESULTS, by_stratum, exact_arithmetic, examine, survey, survey_modes
 
 PAGE = read_page()
@@ -43,6 +44,10 @@ def test_the_page_counts():
     assert sum(name.startswith("timm:") for name in PAGE.converted) >= 327
     assert sum(name.startswith("open_clip:") for name in PAGE.converted) >= 116
     assert len(set(PAGE.converted)) == len(PAGE.converted)
+
+
+def test_the_readme_shows_the_summary_of_the_page():
+    assert summary(PAGE) in (PAGE_FILE.parents[1] / "README.md").read_text(), f"README.md must hold:\n{summary(PAGE)}"
 
 
 def test_old_name_of_withdrawn_weights_is_refused():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import img2vid
-from img2vid import keytable
+from img2vid import choices, keytable
 from img2vid.checkpoints.dialect import Foreign
 from img2vid.checkpoints.importing import DIALECTS
 from img2vid.cli import main
@@ -602,3 +602,7 @@ def test_time_of_each_patch_has_one_size(clips):
     assert model(torch.randn(1, 5, 3, 32, 32)).shape == (1, 48)  # any T
     with pytest.raises(img2vid.Img2VidError, match="a row for each patch of 32 x 32"):
         model(torch.randn(1, 3, 3, 64, 64))
+
+
+def test_the_commands_know_every_dialect():
+    assert set(choices.DIALECTS) == set(DIALECTS)

@@ -317,7 +317,7 @@ def test_interpolated_weights_score_a_point_on_the_line():
         (lambda: Classification("text", prompts=["a video"]), "where the class name goes"),
         (lambda: Classification("text", spread=1.0), "train_text=true or spread_steps"),
         (lambda: Classification("text", train_text=True, spread_steps=3), "give spread a weight"),
-        (lambda: Classification("text", train_text=True, keep_prompts=["a dog"]), "give both"),
+        (lambda: Classification("text", train_text=True, keep_prompts=["a dog"]), "give both or neither"),
         (lambda: Classification("text", train_text=True, keep_text=1.0), "give both"),
         (lambda: Classification("text", train_text=True, keep_text=1.0, keep_prompts=["a {}"]), "keep_names"),
         (lambda: Classification("text", keep_classes=1.0), "train_text=true or spread_steps"),

@@ -1,4 +1,4 @@
-"""``img2vid.export_checkpoint`` and ``img2vid export``: a model of ours in a foreign dialect, or its image model back.
+"""``img2vid.export_checkpoint``: a model of ours in a foreign dialect, or its image model back.
 
 An export is read back before it is written: what an import of it would build must be this very model, in everything
 that decides its function. So a model that a dialect cannot express is refused, never written as another one.
@@ -6,11 +6,10 @@ that decides its function. So a model that a dialect cannot express is refused, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -176,31 +175,3 @@ def umask_of(folder: str) -> int:
     probe = Path(folder, "usual")
     probe.touch()
     return 0o666 & ~probe.stat().st_mode
-
-
-# ---- the command line
-
-
-def main(argv: Sequence[str]) -> int:
-    from img2vid.checkpoints.native import load
-    from img2vid.command import Progress
-
-    parser = argparse.ArgumentParser(
-        prog="img2vid export",
-        description="Write a model as other libraries read it, or give back its image model.",
-        epilog="example: img2vid export runs/timesformer --format hf-timesformer --out runs/timesformer_hf",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="model folder of img2vid")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="image, or whose dialect to write")
-    parser.add_argument("--out", metavar="FILE_OR_FOLDER", required=True, help="a folder for those of transformers")
-    options = parser.parse_args(argv)
-    progress = Progress()
-    with progress.stage(f"Loading {options.folder}"):
-        model = load(options.folder)
-    with progress.stage(f"Writing {options.out}"):
-        notes = export_checkpoint(model, options.out, options.format)
-    for note in notes:
-        progress.say(f"Differs, though not in this model's own answers: {note}.")
-    progress.say(f"Wrote {options.out}.")
-    return 0

@@ -1,10 +1,8 @@
-"""``img2vid.import_checkpoint`` and ``img2vid import``: a published video checkpoint in, a video model of ours out."""
+"""``img2vid.import_checkpoint``: a published video checkpoint in, a video model of ours out."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,8 @@ from img2vid.checkpoints.lavila import LAVILA
 from img2vid.checkpoints.mmaction2 import MMACTION2
 from img2vid.checkpoints.timesformer import TIMESFORMER
 from img2vid.checkpoints.vivit import VIVIT
-from img2vid.config import ConfigError, VideoConfig, image_size_pair, one_of, whole_number
+from img2vid.choices import POS_EMBED_RESAMPLE
+from img2vid.config import VideoConfig, image_size_pair, one_of, whole_number
 from img2vid.errors import WeightsError
 from img2vid.keytable import State
 from img2vid.model import VideoModel, build_model
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from img2vid.backbones.tower import ImageTower
 
 DIALECTS = {d.name: d for d in (TIMESFORMER, HF_TIMESFORMER, MMACTION2, FROZEN_IN_TIME, LAVILA, VIVIT)}
-POS_RESAMPLE = ("bicubic", "nearest_1d")
 
 
 def import_checkpoint(
@@ -70,7 +68,7 @@ def import_with_report(
     pos_embed_resample: str = "bicubic",
 ) -> tuple[VideoModel, Dialect, LoadReport]:
     """``import_checkpoint``, with the dialect it was and where every key went."""
-    one_of("pos_embed_resample", pos_embed_resample, POS_RESAMPLE)
+    one_of("pos_embed_resample", pos_embed_resample, POS_EMBED_RESAMPLE)
     one_of("dialect", dialect, ("auto", *DIALECTS))
     file = Foreign.read(path, None if num_heads is None else whole_number("num_heads", num_heads))
     spoken = detect(file) if dialect == "auto" else DIALECTS[dialect]
@@ -156,67 +154,3 @@ def nearest_1d(pos_embed: torch.Tensor, num_entries: int, num_prefix: int) -> to
     row = pos_embed[:, num_prefix:].transpose(1, 2)
     row = F.interpolate(row, size=num_entries - num_prefix, mode="nearest").transpose(1, 2)
     return torch.cat([pos_embed[:, :num_prefix], row], dim=1)
-
-
-# ---- the command line
-
-
-def main(argv: Sequence[str]) -> int:
-    from img2vid.command import Progress
-    from img2vid.options import parse_size, whole
-
-    parser = argparse.ArgumentParser(
-        prog="img2vid import",
-        description="A published video checkpoint becomes a video model of img2vid, every key accounted for.",
-        epilog="example: img2vid import TimeSformer_divST_8x32_224_K400.pyth --out runs/timesformer",
-        allow_abbrev=False,
-    )
-    parser.add_argument("path", metavar="FILE_OR_FOLDER", help="weights file, or a folder as transformers saves it")
-    parser.add_argument(
-        "--from",
-        dest="dialect",
-        choices=["auto", *DIALECTS],
-        default="auto",
-        help="whose checkpoint it is (default: auto)",
-    )
-    parser.add_argument("--out", metavar="FOLDER", help="where to write the model (default: runs/import/NAME)")
-    parser.add_argument("--num-frames", type=whole, metavar="T", help="frames, if other than the checkpoint's")
-    parser.add_argument(
-        "--image-size", type=parse_size, metavar="PIXELS", help="pixels, if other than the checkpoint's"
-    )
-    parser.add_argument("--num-heads", type=whole, metavar="H", help="attention heads (default: 64 numbers wide each)")
-    parser.add_argument(
-        "--pos-embed-resample",
-        choices=POS_RESAMPLE,
-        default="bicubic",
-        help="how positions are brought to --image-size; nearest_1d is the original TimeSformer's way, and wrong",
-    )
-    options = parser.parse_args(argv)
-    for name in ("path", "out"):
-        if getattr(options, name) is not None and not getattr(options, name).strip():
-            raise ConfigError(f"{name} is empty. Was it an unset shell variable?")
-    from img2vid.checkpoints.native import check_replaceable, save
-
-    out = Path("runs/import", Path(options.path).absolute().name) if options.out is None else Path(options.out)
-    check_replaceable(out)
-    progress = Progress()
-    progress.say(f"Reading {options.path}")
-    model, dialect, report = import_with_report(
-        options.path,
-        options.dialect,
-        options.num_frames,
-        options.image_size,
-        options.num_heads,
-        options.pos_embed_resample,
-    )
-    config = model.config
-    progress.say(f"It is {dialect.title}: {config.attention}, {config.num_frames} frames, prefix {config.prefix_mode}.")
-    progress.say(f"Keys: {len(report.loaded)} loaded, {len(report.dropped)} dropped on purpose, none left over.")
-    for difference in report.differences:
-        progress.say(difference)
-    if config.quirks:
-        progress.say(f"Does differently from a converted model: {', '.join(config.quirks)} (docs/checkpoints.md).")
-    with progress.stage(f"Writing {out}"):
-        save(model, out)
-    progress.say(f"Wrote {out}. Load it with img2vid.load({str(out)!r}).")
-    return 0

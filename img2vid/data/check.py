@@ -169,11 +169,14 @@ def interrupts_later() -> Iterator[None]:
 
 def write_quarantine(findings: Iterable[Finding], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "kind", "problem", "where"])
-        writer.writerows([f.row.path, f.kind, f.problem, f.row.where] for f in findings)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["path", "kind", "problem", "where"])
+            writer.writerows([f.row.path, f.kind, f.problem, f.row.where] for f in findings)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def named_rows(videos: VideoList, rows: Iterable[Row]) -> list[Row]:
@@ -188,7 +191,7 @@ def named_rows(videos: VideoList, rows: Iterable[Row]) -> list[Row]:
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("list", help="the list of videos: a file, or a folder with one folder per class")
-    parser.add_argument("--format", default="auto", choices=["auto", *READERS])
+    parser.add_argument("--format", default="auto", choices=["auto", *READERS], help="of the list (docs/data.md)")
     parser.add_argument("--root", help="folder the paths of the list start at (default: the list's folder)")
     parser.add_argument("--classes", help="text file with one class name per line, in the order of their numbers")
     parser.add_argument("--split", type=int, default=1, help="HMDB51: which split")
@@ -202,13 +205,17 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("img2vid data check", description=__doc__.split("\n\n")[0])
     add_list_arguments(parser)
     parser.add_argument("--min-frames", type=int, default=1, help="shorter videos are quarantined")
     parser.add_argument("--fast", action="store_true", help="look at packets and the first frame, do not decode all")
     parser.add_argument("--output", help=f"where good rows go ({', '.join(FORMATS)}; default: LIST.checked.csv)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     try:
         videos = read_list(args.list, args.format, args.root, args.classes, args.split, args.subset)
         return _check_and_print(videos, args)

@@ -16,6 +16,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from random import Random
 
 import torch
@@ -50,8 +51,11 @@ class ClipSampler:
     def __post_init__(self):
         if self.frame_interval is not None and self.target_fps is not None:
             raise ValueError("give frame_interval or target_fps, not both")
-        if min(self.num_frames, self.num_clips, self.frame_interval or 1) < 1 or (self.target_fps or 1) <= 0:
-            raise ValueError(f"expected numbers above 0: {self}")
+        counts = [self.num_frames, self.num_clips, 1 if self.frame_interval is None else self.frame_interval]
+        if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in counts):
+            raise ValueError(f"num_frames, num_clips and frame_interval: expected whole numbers above 0: {self}")
+        if self.target_fps is not None and not 1e-3 <= self.target_fps <= 1e4:  # nan is neither
+            raise ValueError(f"target_fps={self.target_fps}: expected frames per second, from 0.001 to 10000")
         if self.short_policy not in sampling.SHORT_POLICIES:
             known = ", ".join(map(repr, sampling.SHORT_POLICIES))
             raise ValueError(f"short_policy={self.short_policy!r}: expected one of {known}")

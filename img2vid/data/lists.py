@@ -87,7 +87,10 @@ def guess_format(path: Path) -> str:
     if path.stem.startswith(("trainlist0", "testlist0")):
         return "ucf101"
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        columns = {name.strip() for name in next(csv.reader(file), ())}
+        try:
+            columns = {name.strip() for name in next(csv.reader(file), ())}
+        except csv.Error as error:
+            raise ListError(f"{path} row 1: not text with fields ({error})") from None
     if "youtube_id" in columns:
         return "kinetics"
     if "video_id" in columns:
@@ -230,7 +233,7 @@ def _json(path: Path, kind: type):
     with open_text(path) as file:
         try:
             data = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ListError(f"{path}: not JSON ({error})") from None
     if not isinstance(data, kind):
         raise ListError(f"{path}: expected a JSON {'list' if kind is list else 'object'}, found {type(data).__name__}")

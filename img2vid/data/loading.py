@@ -58,13 +58,21 @@ class EvalSampler(DistributedSampler):
     def __len__(self) -> int:
         return len(range(self.rank, self.rows, self.num_replicas))
 
-    def num_batches(self, batch_size: int) -> tuple[int, int]:
-        """Of the process that has the fewest, and of that with the most."""
-        fewest, most = self.rows // self.num_replicas, -(-self.rows // self.num_replicas)
-        return -(-fewest // batch_size), -(-most // batch_size)
-
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rank, self.rows, self.num_replicas))
+
+
+def num_batches(loader: DataLoader, limit: int | float = 1.0) -> tuple[int, int]:
+    """Batches of the process that has the fewest to evaluate, and of that with the most; 0 for loaders of others.
+
+    limit: batches at most, or a share of them, as trainers take it.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, EvalSampler):
+        return 0, 0
+    rows = (sampler.rows // sampler.num_replicas, -(-sampler.rows // sampler.num_replicas))
+    fewest, most = (-(-n // loader.batch_size) for n in rows)
+    return tuple(min(n, limit) if isinstance(limit, int) else int(n * limit) for n in (fewest, most))
 
 
 class ClipLoader(DataLoader):
@@ -78,9 +86,28 @@ class ClipLoader(DataLoader):
 
     def __iter__(self):
         self.batches = self.sampler.start // self.batch_size
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                raise RuntimeError(self._who_is_late()) from error
             self.batches += 1
             yield batch
+
+    def _who_is_late(self) -> str:
+        """Workers hang without a word, but batches come in order, so what the next one holds is known."""
+        sampler, first = self.sampler, self.batches * self.batch_size
+        places = [step * sampler.num_replicas + sampler.rank for step in range(first, first + self.batch_size)]
+        rows = [self.dataset.videos.rows[self.dataset.order.row(sampler.epoch, place)] for place in places]
+        return (
+            f"no batch came for {self.timeout:g} seconds (timeout_seconds). One of the videos of batch {self.batches} "
+            f"of epoch {sampler.epoch} blocks a worker, or they are too slow: {', '.join(r.path for r in rows)}"
+        )
 
     def state_dict(self) -> dict:
         return {"epoch": self.sampler.epoch, "batches": self.batches, **self._plan()}

@@ -58,6 +58,8 @@ def read_manifest(path, root=None) -> list[Row]:
         if not record.get("path"):
             known = ", ".join(sorted(map(str, record))) or "nothing"
             raise ListError(f"{where}: no path (a manifest has a column 'path'; this row has: {known})")
+        if not isinstance(record["path"], str) or re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", record["path"]):
+            raise ListError(f"{where}: path must be that of a file or folder here, as text: {record['path']!r}")
         rows.append(row_from(record, root, where))
     return rows
 
@@ -67,7 +69,7 @@ def row_from(record: dict, root: Path, where: str) -> Row:
     if isinstance(captions, str) and captions:
         try:
             captions = json.loads(captions)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ListError(f'{where}: captions must be a JSON list such as ["a dog", "a cat"]: {captions!r}') from None
     if captions is not None and captions != "" and not _is_list_of_text(captions):
         raise ListError(f"{where}: captions must be a list of sentences: {captions!r}")
@@ -99,19 +101,24 @@ def numbered_records(path: Path) -> Iterator[tuple[int, dict]]:
     if suffix == ".csv":
         with open_text(path) as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            for record in reader:
-                if None in record or None in record.values():
-                    problem = f"expected {len(reader.fieldnames)} fields ({', '.join(reader.fieldnames)})"
-                    raise ListError(f"{path} row {reader.line_num}: {problem}. Put quotes around text with commas")
-                yield reader.line_num, {name: value.strip() for name, value in record.items()}
+            try:
+                reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+                if twice := sorted({name for name in reader.fieldnames if reader.fieldnames.count(name) > 1}):
+                    raise ListError(f"{path} row 1: there are several columns named {', '.join(map(repr, twice))}")
+                for record in reader:
+                    if None in record or None in record.values():
+                        problem = f"expected {len(reader.fieldnames)} fields ({', '.join(reader.fieldnames)})"
+                        raise ListError(f"{path} row {reader.line_num}: {problem}. Put quotes around text with commas")
+                    yield reader.line_num, {name: value.strip() for name, value in record.items()}
+            except csv.Error as error:
+                raise ListError(f"{path} row {reader.line_num}: not CSV ({error})") from None
     elif suffix == ".jsonl":
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
                         record = json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise ListError(f"{path} row {number}: not JSON ({error})") from None
                     if not isinstance(record, dict):
                         raise ListError(f"{path} row {number}: expected an object with a path, found {line.strip()!r}")

@@ -5,13 +5,15 @@ Prepared videos have a short side of 256 pixels, a keyframe every 16 frames and 
 reading is several times faster (measured and printed at the end). Time ranges are cut out on the way.
 
 One file per row, named by what it was made from; a file appears whole or not at all, and a second run makes only what
-is missing. The new manifest is FOLDER/manifest.csv, or .jsonl; rows that failed are in FOLDER/quarantine.csv.
-Exit code 0: all prepared; 1: some rows are quarantined; 2: the list itself is wrong.
+is missing; a full disk ends the run, and what is finished is kept. The new manifest is FOLDER/manifest.csv, or .jsonl;
+rows that failed are in FOLDER/quarantine.csv. Exit code 0: all prepared; 1: some rows are quarantined; 2: the list
+itself is wrong, or the disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import os
 import sys
@@ -26,6 +28,8 @@ from img2vid.data.errors import ListError, VideoError
 from img2vid.data.lists import read_list
 from img2vid.data.manifest import Row, write_manifest
 from img2vid.data.reading import open_video, read_clip
+
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 @dataclass(frozen=True)
@@ -54,32 +58,50 @@ def prepared_path(row: Row, folder: Path, encoding: Encoding) -> Path:
 
 
 def prepare_row(row: Row, folder: Path, encoding: Encoding) -> Row | Finding:
-    """Make the prepared file of one row unless it is there; the row that points to it, or what was wrong."""
+    """Make the prepared file of one row unless it is there; the row that points to it, or what was wrong.
+
+    Raises OSError where the trouble is the disk's, not the video's: it would be the next video's too.
+    """
     try:
         target = prepared_path(row, folder, encoding)
-        if not target.exists():
+    except OSError as error:
+        return Finding(row, kind="failed", problem=str(error))
+    try:
+        frames = _frames_in(target)
+        if frames is None:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
             try:
-                _encode(row, temporary, encoding)
+                encoded, frames = _encode(row, temporary, encoding), _frames_in(temporary)
+                if frames != encoded:  # what a full disk keeps from being written is not always an error
+                    raise VideoError.about(str(target), f"{frames or 0} of {encoded} frames arrived on the disk")
                 os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)
-        with open_video(str(target)) as reader:
-            frames = reader.frames
         return replace(row, path=str(target), start_seconds=None, end_seconds=None, frames=frames)
     except (VideoError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) in OF_THE_DISK:
+            raise OSError(error.errno, os.strerror(error.errno), str(folder)) from None  # FFmpeg's own does not pickle
         return Finding(row, kind="failed", problem=str(error))
 
 
-def _encode(row: Row, target: Path, encoding: Encoding) -> None:
-    """Every frame of the row's time range, in order, at the video's average rate."""
+def _frames_in(prepared: Path) -> int | None:
+    """How many frames a prepared file has; None if it is not there or not whole, as after a power failure."""
+    try:
+        with open_video(str(prepared)) as reader:
+            return reader.frames
+    except VideoError:
+        return None
+
+
+def _encode(row: Row, target: Path, encoding: Encoding) -> int:
+    """Every frame of the row's time range, in order, at the video's average rate; how many there were."""
     import av
     import numpy as np
 
     with open_video(row.path) as reader, av.open(str(target), "w", format="mp4") as container:
         first, stop = sampling.frame_range(reader.frames, reader.fps, row.start_seconds, row.end_seconds)
-        stream = None
+        stream, count = None, 0
         for array in reader.stream_frames(first, stop):  # (H, W, 3)
             if stream is None:
                 height, width = array.shape[:2]
@@ -94,7 +116,11 @@ def _encode(row: Row, target: Path, encoding: Encoding) -> None:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             frame = frame.reformat(width=width, height=height, format="yuv420p", interpolation="BICUBIC", threads=1)
             container.mux(stream.encode(frame))
+            count += 1
+        if stream is None:
+            raise VideoError.about(row.path, "none of its frames could be decoded")
         container.mux(stream.encode(None))
+    return count
 
 
 def measured_speed_up(pairs: list[tuple[Row, Row]], num_frames: int = 8, short_side: int = 256) -> float:
@@ -109,7 +135,7 @@ def measured_speed_up(pairs: list[tuple[Row, Row]], num_frames: int = 8, short_s
     return seconds[0] / seconds[1]
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("img2vid data prepare", description=__doc__.split("\n\n")[0])
     add_list_arguments(parser)
     parser.add_argument("folder", help="where the prepared videos and the new manifest go")
@@ -118,7 +144,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keyframe-interval", type=int, default=defaults.keyframe_interval, help="frames")
     parser.add_argument("--crf", type=int, default=defaults.crf, help="quality, 0 to 51, lower is better and larger")
     parser.add_argument("--shard-videos", type=int, default=0, help="also write webdataset shards of this many videos")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     try:
         return _prepare_and_print(args)
     except (ListError, ValueError, OSError) as error:  # OSError: the disk is full, the folder cannot be written

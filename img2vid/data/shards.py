@@ -1,9 +1,10 @@
 """Webdataset tars: write prepared videos into shards, and stream clips from shards.
 
 A shard is a tar whose members share a key: `000012.mp4` (the video as it is) and `000012.json` (its label, captions and
-frame count). Streaming reads each tar in order, so it suits disks and networks that seek slowly. Shards are drawn with
-replacement and an epoch is a fixed number of samples, so no process can run out before the others and leave them
-waiting; in exchange an epoch is not exactly one pass over the data.
+frame count). Tars of other tools are read too: `caption` in the .json, or `000012.txt` and `000012.cls`. Streaming
+reads each tar in order, so it suits disks and networks that seek slowly. Shards are drawn with replacement and an epoch
+is a fixed number of samples, so no process can run out before the others and leave them waiting; in exchange an epoch
+is not exactly one pass over the data.
 """
 
 from __future__ import annotations
@@ -147,10 +148,9 @@ class ShardedVideos(IterableDataset):
             while True:
                 yield {"url": draws.choice(self.shards)}
 
-        raise_ = webdataset.handlers.reraise_exception
         return webdataset.DataPipeline(
             urls,
-            webdataset.tarfile_to_samples(handler=raise_),
+            lambda sources: (sample for source in sources for sample in samples_of(source)),
             webdataset.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=random.Random(seed)),
         )
 
@@ -158,26 +158,73 @@ class ShardedVideos(IterableDataset):
         name = f"{sample['__url__']} sample {sample['__key__']}"
         extension = next((extension for extension in VIDEO_EXTENSIONS if extension in sample), None)
         if extension is None:
-            raise VideoError.about(name, f"holds no video ({', '.join(VIDEO_EXTENSIONS)})")
-        try:
-            facts = json.loads(sample.get("json", b"{}"))
-        except ValueError:
-            raise VideoError.about(name, "its .json is not JSON") from None
-        label = facts.get("label")
-        if isinstance(label, str):
-            if label not in self.number_of:
-                known = f"none of the {len(self.number_of)} class_names given"
-                raise VideoError.about(name, f"label {label!r} is {known}")
-            label = self.number_of[label]
-        rng = random.Random(draw)
-        captions = facts.get("captions") or [""]
-        caption = rng.choice(captions)
+            held = ", ".join(key for key in sample if not key.startswith("_")) or "nothing"
+            known = ", ".join(VIDEO_EXTENSIONS)
+            raise VideoError.about(name, f"holds no video ({known}) but {held}; a key ends at its first dot")
+        label, captions = facts_of(sample, name)
+        label = self._number(label, name)
+        caption = random.Random(draw).choice(captions or [""])
         with open_video(sample[extension], name=name) as reader:
             pick = lambda frames, fps: self.sampler.clips(frames, fps, random.Random(draw))[0]  # noqa: E731
             clip, _ = read_chosen(reader, pick)
             damaged = reader.damaged
         clip = self.transform(clip, draw)
-        return {"clip": clip, "label": -1 if label is None else label, "caption": caption, "damaged_packets": damaged}
+        return {"clip": clip, "label": label, "caption": caption, "damaged_packets": damaged}
+
+    def _number(self, label, name: str) -> int:
+        """The class number of a label, -1 if there is none."""
+        if label is None:
+            return -1
+        if isinstance(label, str) and label in self.number_of:
+            return self.number_of[label]
+        is_number = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+        if not is_number or (self.number_of and label >= len(self.number_of)):
+            raise VideoError.about(
+                name, f"label {label!r} is none of the {len(self.number_of)} class_names given, nor the number of one"
+            )
+        return label
+
+
+def samples_of(source: dict) -> Iterator[dict]:
+    """The samples of one shard, {"url": path}.
+
+    Raises VideoError for one that is damaged, or holds none: drawn again and again, it would be read for ever.
+    """
+    import webdataset
+
+    count, path = 0, source["url"]
+    try:
+        for sample in webdataset.tarfile_to_samples(handler=webdataset.handlers.reraise_exception)([source]):
+            count += 1
+            yield sample
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        raise VideoError.about(
+            path, f"the shard is damaged, cut off, or no tar ({error.args[0] if error.args else error})"
+        ) from error
+    if not count:
+        raise VideoError.about(path, "the shard holds no samples")
+
+
+def facts_of(sample: dict, name: str) -> tuple[int | str | None, list[str]]:
+    """Label and captions of a sample: from its .json (label, captions or caption), or from .cls and .txt beside it."""
+    try:
+        facts = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        raise VideoError.about(name, "its .json is not JSON") from None
+    if not isinstance(facts, dict):
+        raise VideoError.about(name, f"its .json is no object with label and captions but {type(facts).__name__}")
+    label, captions = facts.get("label"), facts.get("captions") or facts.get("caption") or []
+    try:
+        if label is None and "cls" in sample:
+            label = int(sample["cls"])
+        if not captions and "txt" in sample:
+            captions = sample["txt"].decode().strip()
+    except ValueError as error:
+        raise VideoError.about(name, f"its .cls is no number, or its .txt no text ({error})") from None
+    captions = [captions] if isinstance(captions, str) and captions else captions or []
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise VideoError.about(name, f"captions must be a list of sentences: {captions!r}")
+    return label, captions
 
 
 class ShardLoader(DataLoader):

@@ -181,18 +181,22 @@ def make_motion_set(folder, settings: MotionSettings | None = None, on_progress=
     return folder
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("img2vid data synth", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", help="where the set goes; must not exist or be empty")
     defaults = MotionSettings()
     for split in SPLITS:
         parser.add_argument(f"--{split}", type=int, default=getattr(defaults, split), help="videos, a multiple of 8")
     parser.add_argument("--size", type=int, default=defaults.size, help="pixels, even")
-    parser.add_argument("--num-frames", type=int, default=defaults.num_frames)
-    parser.add_argument("--frames-per-second", type=int, default=defaults.frames_per_second)
+    parser.add_argument("--num-frames", type=int, default=defaults.num_frames, help="of each video")
+    parser.add_argument("--frames-per-second", type=int, default=defaults.frames_per_second, help="of each video")
     parser.add_argument("--difficulty", default=defaults.difficulty, choices=list(DIFFICULTIES))
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    args = vars(parser.parse_args(argv))
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything drawn")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = vars(make_parser().parse_args(argv))
     folder = args.pop("folder")
     try:
         settings = MotionSettings(**args)
@@ -204,6 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     print(f"wrote {settings.train} + {settings.val} + {settings.test} videos and their manifests to {folder}")
     return 0
 

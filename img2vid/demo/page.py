@@ -13,12 +13,13 @@ from img2vid.data.manifest import VideoList
 from img2vid.data.reading import read_clip
 from img2vid.data.synthetic import CLASS_NAMES, MOTIONS
 from img2vid.evaluation.attention import attention_maps
-from img2vid.evaluation.features import write_whole
 from img2vid.evaluation.report import STYLE, inline, read_curves, section, table
 from img2vid.evaluation.results import read_result
-from img2vid.evaluation.tables import percent
+from img2vid.evaluation.store import write_whole
+from img2vid.evaluation.tables import Sheet, percent
 from img2vid.model import VideoTextModel
-from img2vid.plots import INK, PALE, attention_figure, curves_figure, save
+from img2vid.plots import attention_figure, curves_figure, save
+from img2vid.plots.canvas import INK, PALE
 
 RESULTS = ("before-digits", "before-motion", "after-digits", "after-motion")
 
@@ -113,7 +114,8 @@ def before_after_figure(facts: dict[str, Any]) -> Figure:
 
 def attention_picture(model: VideoTextModel, clip: torch.Tensor) -> Figure:
     maps = attention_maps(model, model.normalize(clip[None]))
-    return attention_figure(clip.permute(0, 2, 3, 1).numpy(), maps.rows(), "where the trained model looks")
+    frames = clip.permute(0, 2, 3, 1).numpy()
+    return attention_figure(frames, maps.rows(), maps.frame_to_frame, "where the trained model looks")
 
 
 def tell(folder: Path, facts: dict[str, Any], figures: dict[str, Figure]) -> str:
@@ -123,7 +125,11 @@ def tell(folder: Path, facts: dict[str, Any], figures: dict[str, Figure]) -> str
         ["motion, zero-shot (chance 12.5)", percent(before["motion"]), percent(after["motion"])],
         ["motion, frames shuffled", percent(before["shuffled"]), percent(after["shuffled"])],
         ["motion, the middle frame alone", percent(before["static"]), percent(after["static"])],
-        ["shown backwards, taken for the opposite", f"{before['backwards']:.1%}", f"{after['backwards']:.1%}"],
+        [
+            "shown backwards, taken for the opposite",
+            f"{100 * before['backwards']:.1f}",
+            f"{100 * after['backwards']:.1f}",
+        ],
     ]
     results = {name: read_result(folder / f"{name}.json") for name in RESULTS}
     size = facts["size"]
@@ -152,7 +158,7 @@ def tell(folder: Path, facts: dict[str, Any], figures: dict[str, Figure]) -> str
             "attention along time could."
         ),
         inline(figures["strips"], "film strips"),
-        table(["%", "converted", f"after {size['steps']} steps"], rows),
+        table(Sheet("", ["", "converted, %", f"after {size['steps']} steps, %"], rows)),
         inline(figures["before_after"], "before and after"),
         "<h2>Time being learned</h2>",
         *(inline(figures[name], name) for name in ("accuracy", "gates", "losses")),

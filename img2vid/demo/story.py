@@ -8,10 +8,8 @@ can be gone on with: the models, the videos, the recipe (train.yaml), the result
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,18 @@ from typing import Any
 import torch
 import yaml
 
-from img2vid.command import Progress
+from img2vid.command import Progress, progress_bar
 from img2vid.data.digits import DIGIT_WORDS
 from img2vid.data.lists import read_list
 from img2vid.data.manifest import VideoList, write_manifest
 from img2vid.data.synthetic import CLASS_NAMES, MOTIONS, MotionSettings, make_motion_set
 from img2vid.errors import Img2VidError
-from img2vid.evaluation.features import Compute, extract, write_whole
+from img2vid.evaluation.features import Compute, extract
 from img2vid.evaluation.honesty import honesty
-from img2vid.evaluation.options import progress_bar
 from img2vid.evaluation.protocols import Lists, gather_lists
 from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import write_result
+from img2vid.evaluation.store import write_whole
 from img2vid.evaluation.zero_shot import zero_shot
 from img2vid.model import VideoTextModel
 
@@ -196,6 +194,7 @@ def train(folder: Path, motion_set: Path, size: Size, seed: int) -> tuple[VideoT
     config = yaml.safe_load(RECIPE.read_text())
     config["seed_everything"] = seed
     config["model"]["save_to"] = str(folder / "trained")
+    config["model"]["how"]["warmup"] = min(config["model"]["how"]["warmup"], size.steps // 4)
     config["data"] |= {f"{split}_list": str(motion_set / f"{split}.csv") for split in ("train", "val", "test")}
     config["trainer"] |= {
         "default_root_dir": str(folder / "training"),
@@ -216,13 +215,3 @@ def sentence(found: dict[str, Any]) -> str:
         f"motion {found['motion']['value']:.1%} (chance {1 / len(CLASS_NAMES):.1%}), shown backwards the opposite "
         f"{found['backwards']:.1%}, digits {found['digits']['value']:.1%}"
     )
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="new folder (default: runs/demo)")
-    parser.add_argument("--quick", action="store_true", help="under a minute: all the steps, too short to learn much")
-    parser.add_argument("--seed", type=int, default=0, help="of videos and training (default: 0)")
-    options = parser.parse_args(argv)
-    tell(options.out, QUICK if options.quick else FULL, options.seed)
-    return 0

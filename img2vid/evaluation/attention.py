@@ -14,22 +14,15 @@ half. Behind a gate at zero it counts nothing, and the rollout is the image mode
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import img2vid
 from img2vid.backbones.reading import read_block
-from img2vid.checkpoints.native import load
-from img2vid.data.transforms import TestTransform
 from img2vid.evaluation.capture import Captured, Layer, capturing
 from img2vid.evaluation.conditions import video_part
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evaluation.reading import input_spec
 from img2vid.evidence import in_eval_mode
 from img2vid.temporal.infront import own_class
 
@@ -217,36 +210,3 @@ def received(attention: Tensor) -> Tensor:
     """Attention of frames to frames at each place (T, T, N) -> what each gets from the others, on average, (T, N)."""
     steps = len(attention)
     return (attention * (1 - torch.eye(steps))[..., None]).sum(0) / (steps - 1)
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid plot attention", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", metavar="FOLDER", help="written by img2vid.convert or save_pretrained")
-    parser.add_argument("--video", metavar="FILE")
-    parser.add_argument("--num-frames", type=int, help="default: the model's own")
-    parser.add_argument("--out", default="runs/attention.png", help="default: runs/attention.png")
-    parser.add_argument("--self-test", action="store_true", help="plant a moving dot and see that it lights up")
-    options = parser.parse_args(argv)
-    if options.self_test:
-        from img2vid.evaluation.dot import self_test
-
-        lit = self_test()
-        print("a planted moving dot lights up where it is" if lit else "FAILED: the planted dot does not light up")
-        return 0 if lit else 1
-    if options.model is None or options.video is None:
-        parser.error("give --model and --video, or --self-test")
-    from img2vid.plots import attention_figure, save
-
-    model = load(options.model)
-    pixels = img2vid.read_clip(options.video, num_frames=options.num_frames or model.config.num_frames)
-    pixels = TestTransform(input_spec(model))(pixels)[0]  # (T, C, size, size)
-    maps = attention_maps(model, model.normalize(pixels[None]).to(next(model.parameters()).dtype))
-    if maps.refused:
-        print(f"not drawn: spatial, rollout ({maps.refused})")
-    if not maps.rows():
-        raise EvaluationError("There is nothing to draw: no frame of this clip attends to another one either.")
-    size = video_part(model).config.tubelet_size
-    frames = pixels[size // 2 :: size].permute(0, 2, 3, 1).numpy()
-    figure = attention_figure(frames, maps.rows(), maps.frame_to_frame, Path(options.video).name)
-    print(f"wrote {save(figure, options.out)}")
-    return 0

@@ -5,40 +5,36 @@
     features.rows                  # which rows of the list they are
     features.problems              # row -> Problem for all the others
 
-The cache is a folder of parts, each a few videos under one condition, written whole or not at all: a run that is killed
-goes on where it was, several processes write different parts, and a video that was repaired is read again alone with
+The cache is a folder of parts (``img2vid.evaluation.store``), each a few videos under one condition: a run that is
+killed goes on where it was, several processes write different parts, and a video that was repaired is read again with
 its part. Numbers within a part depend on the list and the batch size, not on processes or workers; another batch size
 changes them by rounding alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from img2vid._version import __version__
+from img2vid.choices import EVALUATION_PRECISIONS
+from img2vid.command import first_line
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation.conditions import CONDITIONS, LEVELS, order_frames, represent, video_part
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.processes import Processes
-from img2vid.evaluation.reading import Problem, Videos, Views, identity, input_spec, read_in_order, stack, stamp
+from img2vid.evaluation.reading import Problem, Videos, Views, identity, input_spec, read_in_order, stamp
+from img2vid.evaluation.store import FORMAT, Store, short_hash, write_whole
+from img2vid.evaluation.versions import installed
 from img2vid.evidence import fingerprint, in_eval_mode
 from img2vid.model import VideoModel, VideoTextModel
-
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMAT = 1
 
 
 @dataclass
@@ -63,10 +59,19 @@ class Compute:
     timeout_seconds: float = 300.0
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise EvaluationError(f"precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}.")
+        if self.precision not in EVALUATION_PRECISIONS:
+            raise EvaluationError(f"precision={self.precision!r}: expected one of {', '.join(EVALUATION_PRECISIONS)}.")
         if self.batch_size < 1 or self.num_workers < 0:
             raise EvaluationError(f"Expected batch_size >= 1 and num_workers >= 0, given {self}.")
+        check_device(self.device)
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        why = first_line(error).partition(". ")[0]
+        raise EvaluationError(f"device={device!r} cannot be used ({why}). Use 'cpu', or leave it out.") from error
 
 
 def extract(
@@ -147,37 +152,49 @@ def fill(store, model, reader, conditions, level, compute, strict, processes, on
     items = read_in_order(
         reader, [row for part, _ in todo for row in store.rows(part)], compute.num_workers, compute.timeout_seconds
     )
+    per_batch = max(1, compute.batch_size // reader.num_views)
     with in_eval_mode(model):
         for part, missing in todo:
             stamps = [stamp(store.videos.rows[row].path) for row in store.rows(part)]
-            good, clips, problems = [], [], {}
-            for row, clip, problem in (next(items) for _ in store.rows(part)):
-                if problem is None:
-                    good.append(row)
-                    clips.append(clip)
-                else:
-                    problems[row] = problem
-                    if strict:
-                        raise strict_error(problems)
-                on_progress(1)
+            good, problems, values = [], {}, {name: [] for name in missing}
+            for batch in batched((next(items) for _ in store.rows(part)), per_batch, problems, on_progress):
+                if strict and problems:
+                    raise strict_error(problems)
+                rows, clips = [row for row, _ in batch], [clip for _, clip in batch]
+                good += rows
+                for name in missing if batch else ():
+                    values[name].append(forward(model, clips, rows, name, level, compute))
             if sorted([*good, *problems]) != list(store.rows(part)):
                 raise AssertionError(f"Part {part}: rows {store.rows(part)} were asked for, {good} and {problems} came")
-            for name in missing:
-                values = [
-                    forward(model, clips[i : i + per_batch], good[i : i + per_batch], name, level, compute)
-                    for per_batch in [max(1, compute.batch_size // reader.num_views)]
-                    for i in range(0, len(good), per_batch)
-                ]
-                store.write(part, name, good, torch.cat(values) if values else None, problems, stamps)
+            for name, parts in values.items():
+                store.write(part, name, good, torch.cat(parts) if parts else None, problems, stamps)
+
+
+def batched(items, per_batch: int, problems: dict, on_progress) -> Iterator[list[tuple[int, Tensor]]]:
+    """The readable ones of ``items`` (row, clips, problem), ``per_batch`` at a time; the others go into ``problems``.
+
+    No more than one batch of clips is held. The last batch may be empty.
+    """
+    batch = []
+    for row, clips, problem in items:
+        if problem is None:
+            batch.append((row, clips))
+        else:
+            problems[row] = problem
+        on_progress(1)
+        if len(batch) == per_batch:
+            yield batch
+            batch = []
+    yield batch
 
 
 def forward(model, clips: list[Tensor], rows: list[int], name: str, level: str, compute: Compute) -> Tensor:
     """The features of a few videos, (n, V, ...), float32 on the CPU."""
     condition, views = CONDITIONS[name], clips[0].shape[0]
-    batch = stack(clips).to(compute.device)  # (n * V, T, C, H, W), uint8
+    batch = torch.cat(clips).to(compute.device)  # (n * V, T, C, H, W), uint8
     size = video_part(model).config.tubelet_size
     batch = order_frames(batch, condition.order, [row for row in rows for _ in range(views)], size)
-    dtype = PRECISIONS[compute.precision]
+    dtype = None if compute.precision == "float32" else getattr(torch, compute.precision)
     weights = next(model.parameters()).dtype
     device_type = torch.device(compute.device).type
     with torch.autocast(device_type, dtype) if dtype is not None else nullcontext():
@@ -186,57 +203,6 @@ def forward(model, clips: list[Tensor], rows: list[int], name: str, level: str, 
     if not torch.isfinite(x).all():
         raise EvaluationError(f"Features under condition {name!r} are nan or infinite: the weights have diverged.")
     return x.unflatten(0, (len(clips), views))
-
-
-class Store:
-    """The parts on disk: condition/000000.safetensors, ... each with the rows that could be read and what could not."""
-
-    def __init__(self, folder: Path, videos: VideoList) -> None:
-        self.folder, self.videos = folder, videos
-        # not fewer videos than make a batch, not more parts than a file system likes
-        self.part_size = min(256, max(8, -(-len(videos) // 512)))
-        self.num_parts = -(-len(videos) // self.part_size)
-
-    def rows(self, part: int) -> range:
-        return range(part * self.part_size, min(len(self.videos), (part + 1) * self.part_size))
-
-    def path(self, part: int, name: str) -> Path:
-        return self.folder / name / f"{part:06d}.safetensors"
-
-    def has(self, part: int, name: str) -> bool:
-        """Whether the part is there, whole, and made from the files as they are now."""
-        try:
-            with safe_open(self.path(part, name), "pt") as file:
-                stamps = json.loads(file.metadata()["stamps"])
-        except (OSError, SafetensorError):
-            return False
-        return stamps == [stamp(self.videos.rows[row].path) for row in self.rows(part)]
-
-    def write(self, part: int, name: str, good: list[int], values: Tensor | None, problems: dict, stamps: list) -> None:
-        tensors = {"rows": torch.tensor(good, dtype=torch.int64)}
-        if values is not None:
-            tensors["features"] = values.contiguous()
-        told = {row: asdict(problem) for row, problem in problems.items()}
-        path = self.path(part, name)
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={"problems": json.dumps(told), "stamps": json.dumps(stamps)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def read(self, name: str) -> tuple[Tensor, list[int], dict[int, Problem]]:
-        """All parts of a condition: features (n, V, ...), the rows they belong to, and the problems of the others."""
-        values, rows, problems = [], [], {}
-        for part in range(self.num_parts):
-            with safe_open(self.path(part, name), "pt") as file:
-                rows += file.get_tensor("rows").tolist()
-                told = json.loads(file.metadata()["problems"])
-                if "features" in file.keys():  # noqa: SIM118 (not a dict)
-                    values.append(file.get_tensor("features"))
-            problems |= {int(row): Problem(**problem) for row, problem in told.items()}
-        return torch.cat(values) if values else torch.empty(0), rows, problems
 
 
 def cache_key(model, model_hash: str, videos: VideoList, views: Views, level: str, precision: str) -> dict:
@@ -251,8 +217,7 @@ def cache_key(model, model_hash: str, videos: VideoList, views: Views, level: st
         "input": asdict(input_spec(model)),
         "level": level,
         "precision": precision,
-        "img2vid": __version__,
-        "torch": torch.__version__,
+        "versions": installed(),
     }
 
 
@@ -261,21 +226,6 @@ def hash_of_model(model) -> str:
     return fingerprint(model.state_dict())
 
 
-def short_hash(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def strict_error(problems: dict[int, Problem]) -> EvaluationError:
     listed = "\n  ".join(f"{p.kind}: {p.text}" for p in problems.values())
     return EvaluationError(f"A video cannot be read, and strict was asked for:\n  {listed}")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is never half there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

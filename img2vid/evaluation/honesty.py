@@ -8,22 +8,16 @@ its accuracy. Reversal is the sharpest question where classes are each other's r
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import img2vid.evaluation.options as common
-from img2vid.checkpoints.native import load
 from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.features import Compute, extract
 from img2vid.evaluation.layers import branch_ratios
-from img2vid.evaluation.processes import Processes, processes
+from img2vid.evaluation.processes import Processes
 from img2vid.evaluation.protocols import Lists, Round
 from img2vid.evaluation.reading import Videos, Views, input_spec
-from img2vid.evaluation.results import write_result
-from img2vid.evaluation.scores import FUSIONS
-from img2vid.evaluation.tables import show
 from img2vid.evaluation.zero_shot import Question, labelled_rows
 
 PANEL = ("model", "shuffled", "reversed", "static", "half", "frame_mean")
@@ -53,6 +47,7 @@ def honesty(
     compute, shared, videos = compute or Compute(), shared or Processes(), lists.videos
     question = Question.to(model, videos, templates, fusion)
     conditions = [name for name in PANEL if name != "frame_mean" or has_gates(model)]
+    head = question.head(model.to(compute.device)) if shared.is_first else None
     features = extract(
         model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
         processes=shared, on_progress=on_progress,
@@ -60,7 +55,7 @@ def honesty(
     if not shared.is_first:
         return None
     everything = Round("all", tuple(labelled_rows(features, videos)))
-    scored = question.scored(model, features)
+    scored = question.scored(head, features)
     result = question.describe("honesty", model, source, features, compute, conditions)
     result["protocol"] |= {"name": "honesty", "seed": seed}
     result["metrics"], result["confusion"] = {}, {}  # confusion: what each class is taken for under each condition
@@ -82,33 +77,3 @@ def measure_layers(model, videos, views: Views, rows: Sequence[int], compute: Co
     reader, weight = Videos(videos, views, input_spec(model)), next(model.parameters())
     found = (clip for _, clip, problem in map(reader.__getitem__, rows) if problem is None)
     return branch_ratios(model, [model.normalize(clip[:1].to(weight.device)).to(weight.dtype) for clip in found])
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid eval honesty", description=__doc__.split("\n\n")[0])
-    common.add_model(parser, "runs/eval/honesty.json")
-    parser.add_argument("--no-picture", action="store_true", help="write no PNG beside the result")
-    common.add_data(parser)
-    common.add_templates(parser)
-    parser.add_argument("--fusion", choices=FUSIONS, help="of views (default: feature)")
-    common.add_views(parser)
-    common.add_compute(parser)
-    options = parser.parse_args(argv)
-    if not options.no_picture:
-        from img2vid.plots import honesty_figure, save  # says now, not after an hour, that matplotlib is not there
-    with processes() as shared:
-        lists = common.lists_of(options, options.data)
-        model = load(options.model)
-        with common.progress_bar("videos", -(-len(lists.videos) // shared.world_size), shared.is_first) as advance:
-            result = honesty(
-                model, lists, common.views_of(options, model), templates=common.templates_of(options),
-                fusion=options.fusion, seed=options.seed, source=options.model, cache=common.cache_of(options),
-                compute=common.compute_of(options, shared), strict=options.strict, shared=shared, on_progress=advance,
-            )  # fmt: skip
-    if result is not None:
-        written = write_result(result, options.out)
-        if not options.no_picture:
-            picture = save(honesty_figure(result), written.with_suffix(".png"))
-            written = f"{written} and {picture}"
-        show(result, written)
-    return 0

@@ -3,7 +3,7 @@
     import mteb
     from img2vid.evaluation.mteb import MTEBEncoder
 
-    mteb.evaluate(MTEBEncoder("runs/my_model"), mteb.get_tasks(["HMDB51ZeroShot"]))   # pip install 'img2vid[eval]'
+    mteb.evaluate(MTEBEncoder("runs/my_model"), mteb.get_tasks(["HMDB51ZeroShot"]))   # pip install 'img2vid[mteb]'
 
 Frames are chosen by mteb's own collator, so that numbers stand beside those of other models there.
 """

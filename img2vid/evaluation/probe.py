@@ -9,7 +9,6 @@ attentive    one learned query attends to the features of the frames, with a lea
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -19,19 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import img2vid.evaluation.options as common
-from img2vid.checkpoints.native import load
+from img2vid.choices import PROBES
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features, extract
-from img2vid.evaluation.processes import Processes, processes
+from img2vid.evaluation.processes import Processes
 from img2vid.evaluation.reading import Views, identity
-from img2vid.evaluation.results import describe_data, describe_run, write_result
-from img2vid.evaluation.tables import counted, show
+from img2vid.evaluation.results import describe_data, describe_run
 
-KINDS = ("linear", "knn", "attentive")
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # inverse strength, C
 EPOCHS, MIN_STEPS, LEARNING_RATE, WEIGHT_DECAY = 20, 1000, 1e-3, 1e-2
@@ -113,7 +109,7 @@ def probe(
     test: VideoList,
     views: Views,
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = PROBES,
     baseline: bool = True,
     seed: int = 0,
     source: str | None = None,
@@ -129,27 +125,28 @@ def probe(
         The result, in the first process; None in the others.
     """
     compute, shared = compute or Compute(), shared or Processes()
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in kinds if kind not in PROBES]
     if unknown or not kinds:
-        raise EvaluationError(f"Probes {unknown}: expected some of {', '.join(KINDS)}.")
+        raise EvaluationError(f"Probes {unknown}: expected some of {', '.join(PROBES)}.")
     if "linear" in kinds and find_spec("sklearn") is None:
         raise EvaluationError("A linear probe needs scikit-learn. Run: pip install 'img2vid[eval]'")
+    for videos in (train, test):
+        if all(row.label is None for row in videos.rows):
+            raise EvaluationError(f"{videos.source} has no labels. A probe needs a column label.")
     if train.class_names != test.class_names:
         raise EvaluationError(f"{train.source} and {test.source} name other classes; give --classes to both.")
+    check_several([row.label for row in train.rows], train.source)
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
     one_view = replace(views, num_clips=1, num_crops=1)
-    given = {"cache": cache, "compute": compute, "strict": strict, "processes": shared, "on_progress": on_progress}
-    levels = (["features"] if {"linear", "knn"} & set(kinds) else []) + (["frames"] if "attentive" in kinds else [])
-    found = {
-        level: (
-            extract(model, train, one_view, conditions, level=level, **given),
-            extract(model, test, views, conditions, level=level, **given),
-        )
-        for level in levels
-    }
+    # frames hold features, which are their mean: one pass over the videos for all kinds of probe
+    level = "frames" if "attentive" in kinds else "features"
+    given = {
+        "cache": cache, "level": level, "compute": compute, "strict": strict, "processes": shared,
+        "on_progress": on_progress,
+    }  # fmt: skip
+    learned, tested = (extract(model, *of, conditions, **given) for of in ((train, one_view), (test, views)))
     if not shared.is_first:
         return None
-    learned, tested = found[levels[0]]
     num_classes = len(train.class_names) if train.class_names else 1 + max(
         row.label for row in (*train.rows, *test.rows) if row.label is not None
     )  # fmt: skip
@@ -168,10 +165,12 @@ def probe(
     }
     result["metrics"] = {}
     for kind in kinds:
-        learned, tested = found["frames" if kind == "attentive" else "features"]
         for name in conditions:
             x, y = labelled(train, learned, name)
+            check_several(y.tolist(), f"What can be read of {train.source}")
             seen, labels = labelled(test, tested, name)  # (n, V, ...)
+            if level == "frames" and kind != "attentive":
+                x, seen = x.mean(2), seen.mean(2)  # (n, V, S, D) -> (n, V, D)
             arguments = x[:, 0], y, seen.flatten(0, 1), num_classes
             chosen = {}
             if kind == "linear":
@@ -185,41 +184,15 @@ def probe(
     return result
 
 
+def check_several(labels: Sequence[int | None], source: str) -> None:
+    found = {label for label in labels if label is not None}
+    if len(found) < 2:
+        raise EvaluationError(f"{source} holds videos of {len(found)} classes; a probe learns from two or more.")
+
+
 def labelled(videos: VideoList, features: Features, condition: str) -> tuple[Tensor, Tensor]:
     """Features (n, V, ...) and labels (n,) of the videos that have one."""
     labels = [(i, videos.rows[row].label) for i, row in enumerate(features.rows) if videos.rows[row].label is not None]
     if not labels:
         raise EvaluationError(f"None of the readable videos of {videos.source} has a label.")
     return features.of[condition][[i for i, _ in labels]], torch.tensor([label for _, label in labels])
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid eval probe", description=__doc__.split("\n\n")[0])
-    common.add_model(parser, "runs/eval/probe.json")
-    common.add_data(parser)
-    parser.add_argument("--train", required=True, nargs="+", metavar="LIST", help="videos to learn from")
-    parser.add_argument("--probes", nargs="+", default=list(KINDS), choices=KINDS, help="default: all")
-    parser.add_argument("--no-baseline", action="store_true", help="leave out the image model of the same weights")
-    common.add_views(parser)
-    common.add_compute(parser)
-    options = parser.parse_args(argv)
-    with processes() as shared:
-        train = common.lists_of(options, options.train, subset="train").videos
-        test = common.lists_of(options, options.data, classes=options.classes or train.class_names).videos
-        model = load(options.model)
-        passes = (len({"attentive"} & set(options.probes)) + len({"linear", "knn"} & set(options.probes))) or 1
-        total = min(passes, 2) * -(-(len(train) + len(test)) // shared.world_size)
-        with common.progress_bar("videos", total, shared.is_first) as advance:
-            result = probe(
-                model, train, test, common.views_of(options, model), kinds=options.probes,
-                baseline=not options.no_baseline, seed=options.seed, source=options.model,
-                cache=common.cache_of(options), compute=common.compute_of(options, shared), strict=options.strict,
-                shared=shared, on_progress=advance,
-            )  # fmt: skip
-    if result is not None:
-        write_result(result, options.out)
-        learned = f"learned from {counted(result['train'])}"
-        if result["data"]["also_in_train"]:
-            learned += f"; {result['data']['also_in_train']} test videos are among the training videos"
-        show(result, options.out, learned)
-    return 0

@@ -22,6 +22,7 @@ from img2vid.backbones.nano_clip import TEMPLATES as NANO_TEMPLATES
 from img2vid.data.lists import read_classes
 from img2vid.errors import nearest
 from img2vid.evaluation.errors import EvaluationError
+from img2vid.evidence import in_eval_mode
 
 CLASS_LISTS = {path.stem: path for path in sorted((Path(__file__).parent / "classes").glob("*.txt"))}
 
@@ -118,6 +119,22 @@ def class_list(given: str | Path | Sequence[str]) -> list[str]:
     )
 
 
+def check_distinct(names: Sequence[str]) -> None:
+    """Classes that read alike have the same texts, so no model could tell them apart.
+
+    Raises:
+        EvaluationError: there are such classes.
+    """
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(readable(name), name)
+        if other is not name:
+            raise EvaluationError(
+                f"Classes {other!r} and {name!r} both read {readable(name)!r}, so no text tells them apart. "
+                "Rename one of them in the list, or give --classes."
+            )
+
+
 def prompts(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     """For each name, made readable, the text of every template."""
     return [[template.replace("{}", readable(name)) for template in templates] for name in names]
@@ -133,9 +150,10 @@ def embed_texts(model, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         )
     device = next(model.parameters()).device
     parts = []
-    for start in range(0, len(texts), batch_size):
-        tokens = model.tokenize(list(texts[start : start + batch_size])).to(device)
-        parts.append(model.encode_text(tokens, normalize=True).float().cpu())
+    with in_eval_mode(model):
+        for start in range(0, len(texts), batch_size):
+            tokens = model.tokenize(list(texts[start : start + batch_size])).to(device)
+            parts.append(model.encode_text(tokens, normalize=True).float().cpu())
     return torch.cat(parts)
 
 

@@ -13,11 +13,13 @@ A round keeps the videos of its classes, and only its classes compete.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+from img2vid.choices import PROTOCOLS
 from img2vid.data.lists import guess_format, read_classes, read_list
 from img2vid.data.manifest import Row, VideoList, number_labels
 from img2vid.errors import nearest
@@ -27,7 +29,6 @@ from img2vid.evaluation.prompts import class_list
 from img2vid.evaluation.reading import identity
 from img2vid.evaluation.webdataset import is_webdataset, read_webdataset
 
-PROTOCOLS = ("list", "splits", "all", "halves", "class-splits", "base-to-novel")
 MERGED = ("top1", "top5", "mean_class", "calibration_error")
 
 
@@ -153,6 +154,11 @@ def rounds(
             Round(name, tuple(r for r in rows if lists.videos.rows[r].label in set(group)), tuple(group))
             for name, group in groups
         ]
+    single = [r.name for r in made if r.classes is not None and len(r.classes) < 2]
+    if single:
+        raise EvaluationError(
+            f"Protocol {protocol!r}: fewer than two classes compete in {', '.join(single)}: all answers would be right."
+        )
     empty = [r.name for r in made if not r.rows]
     if empty:
         raise EvaluationError(f"Protocol {protocol!r}: no readable video belongs to {', '.join(empty)}.")
@@ -163,8 +169,10 @@ def class_groups(protocol, names, num_rounds, seed, class_splits, base_classes) 
     if names is None:
         raise EvaluationError(f"Protocol {protocol!r} needs class names: give --classes.")
     if protocol == "halves":
-        if len(names) < 2:
-            raise EvaluationError("Halves of one class do not exist; the list needs two classes or more.")
+        if num_rounds < 1:
+            raise EvaluationError(f"num_rounds={num_rounds}: expected 1 or more.")
+        if len(names) < 4:
+            raise EvaluationError(f"Half of {len(names)} classes is no choice; halves need four classes or more.")
         draw = Random(seed)
         return [(f"half {i + 1}", sorted(draw.sample(range(len(names)), len(names) // 2))) for i in range(num_rounds)]
     if protocol == "class-splits":
@@ -199,6 +207,9 @@ def numbers(group: Sequence[str], names: Sequence[str], source: str) -> list[int
             f"{source}: {len(unknown)} of its classes are not among the {len(names)} of the list, the first "
             f"{unknown[0]!r}.{nearest(unknown[0], names)}"
         )
+    twice = [name for name, count in Counter(group).items() if count > 1]
+    if twice:
+        raise EvaluationError(f"{source}: {len(twice)} classes are there more than once, the first {twice[0]!r}.")
     return [number_of[name] for name in group]
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from img2vid.data.datasets import ClipSampler, VideoDataset
 from img2vid.data.errors import VideoError
 from img2vid.data.manifest import Row, VideoList
+from img2vid.data.reading import BACKENDS
 from img2vid.data.transforms import InputSpec, TestTransform
 from img2vid.evaluation.conditions import video_part
 from img2vid.evaluation.errors import EvaluationError
@@ -47,16 +48,22 @@ class Views:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a video is left out: ``missing`` or ``undecodable``, and a sentence."""
+    """Why a video is left out: ``missing`` or ``undecodable``, and a sentence.
+
+    try_again: whether another run may find it otherwise (memory that ran out once, a disk that was slow).
+    """
 
     kind: str
     text: str
+    try_again: bool = False
 
 
 class Videos(Dataset):
     """Row -> (row, clips uint8 (V, T, C, H, W), None), or (row, None, Problem) for a video that cannot be read."""
 
     def __init__(self, videos: VideoList, views: Views, spec: InputSpec) -> None:
+        if views.backend not in ("auto", *BACKENDS):
+            raise EvaluationError(f"backend={views.backend!r}: expected one of auto, {', '.join(BACKENDS)}.")
         try:
             sampler = ClipSampler(
                 views.num_frames, views.frame_interval, views.target_fps, views.num_clips, views.short_policy
@@ -123,7 +130,7 @@ def read_in_order(
             yield (
                 alone[0]
                 if alone
-                else (row, None, Problem("undecodable", f"{path}: reading it ends or hangs a process"))
+                else (row, None, Problem("undecodable", f"{path}: reading it ends or hangs a process", try_again=True))
             )
 
 
@@ -157,19 +164,18 @@ def read_one(row: int) -> tuple[int, np.ndarray | None, Problem | None]:
 
 
 def stamp(path: str) -> list[int] | None:
-    """Size and time of change of a file or folder, to notice that it is another one; None where there is none."""
+    """Size and time of change of a file, or of all in a folder, to notice another one; None where there is none."""
     try:
         status = os.stat(path)
+        if not os.path.isdir(path):
+            return [status.st_size, status.st_mtime_ns]
+        frames = [entry.stat() for entry in os.scandir(path)]
     except OSError:
         return None
-    return [status.st_size, status.st_mtime_ns]
+    newest = max([status.st_mtime_ns, *(frame.st_mtime_ns for frame in frames)])
+    return [sum(frame.st_size for frame in frames), newest, len(frames)]
 
 
 def identity(row: Row) -> tuple:
     """What makes two rows the same video: the file, wherever the list was opened from, and the part of it."""
     return os.path.abspath(row.path), row.start_seconds, row.end_seconds
-
-
-def stack(clips: list[Tensor]) -> Tensor:
-    """Clips of n videos, each (V, T, C, H, W) -> (n * V, T, C, H, W)."""
-    return torch.cat(clips)

@@ -1,12 +1,7 @@
-"""`img2vid plot`: results drawn and compared without a model, and attention drawn with one.
-
-img2vid plot runs/eval/*.json --out runs/report.html
-img2vid plot attention --model FOLDER --video video.mp4 --out attention.png
-"""
+"""Results as pages and pictures, drawn and compared without a model."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import json
@@ -16,9 +11,8 @@ from pathlib import Path
 
 from img2vid.data.manifest import numbered_records
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evaluation.features import short_hash, write_whole
-from img2vid.evaluation.results import read_result
-from img2vid.evaluation.tables import Sheet, counted, headline, percent, protocol_line, sheet_of
+from img2vid.evaluation.store import short_hash
+from img2vid.evaluation.tables import Sheet, counted, headline, protocol_line, sheet_of
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -130,37 +124,6 @@ def report(results: dict[str, dict]) -> str:
     return "\n".join(parts) + "</html>\n"
 
 
-def plot_results(paths: Sequence[str], out: str | None) -> int:
-    from img2vid import plots
-
-    results = {}
-    for path in paths:
-        result = read_result(path)
-        name = name_of(result, path)
-        results[f"{name} ({path})" if name in results else name] = result
-    out = Path(out or "runs/report.html")
-    if out.suffix.lower() == ".png":
-        if len(results) > 1:
-            figure = plots.comparison_figure({name: headline(result) for name, result in results.items()})
-        else:
-            ((name, result),) = results.items()
-            figure = plots.figure_of(result) or plots.comparison_figure({name: headline(result)})
-        plots.save(figure, out)
-    elif out.suffix.lower() in (".html", ".htm"):
-        write_whole(out, report(results).encode())
-    else:
-        raise EvaluationError(f"--out {out}: expected a name that ends in .html or .png.")
-    width = max(len(label) for result in results.values() for label, _ in headline(result))
-    for name, result in results.items():
-        print(name)
-        for label, found in headline(result):
-            print(f"  {label:<{width}}  {percent(found)}")
-    for difference in differences(results) if len(results) > 1 else ():
-        print(f"do not compare without a look: {difference}")
-    print(f"wrote {out}")
-    return 0
-
-
 def read_curves(path: str | Path, patterns: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
     """Columns of a training log over its column ``step``, as Lightning's CSVLogger writes it; empty cells are left out.
 
@@ -178,33 +141,3 @@ def read_curves(path: str | Path, patterns: Sequence[str]) -> dict[str, list[tup
         return {name: [(float(r["step"]), float(r[name])) for r in rows if r[name]] for name in wanted}
     except ValueError as error:
         raise EvaluationError(f"{path}: {error}") from error
-
-
-def curves_main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid plot curves", description="draw columns of a training log over its steps")
-    parser.add_argument("log", metavar="metrics.csv", help="with a column step, as Lightning's CSVLogger writes it")
-    parser.add_argument("--columns", nargs="+", default=["*"], help="names or patterns, such as 'gate*' (default: all)")
-    parser.add_argument("--log-scale", action="store_true", help="values on a logarithmic axis")
-    parser.add_argument("--out", default="runs/curves.png", help="default: runs/curves.png")
-    options = parser.parse_args(argv)
-    from img2vid import plots
-
-    curves = read_curves(options.log, options.columns)
-    print(f"wrote {plots.save(plots.curves_figure(curves, Path(options.log).name, options.log_scale), options.out)}")
-    return 0
-
-
-def main(argv: Sequence[str]) -> int:
-    if argv[:1] == ["curves"]:
-        return curves_main(argv[1:])
-    if argv[:1] == ["attention"]:
-        from img2vid.evaluation.attention import main as attention_main
-
-        return attention_main(argv[1:])
-    parser = argparse.ArgumentParser("img2vid plot", description=__doc__.split("\n\n")[0], epilog=(
-        "img2vid plot attention --help: what a model looks at in a video; img2vid plot curves --help: training logs"
-    ))  # fmt: skip
-    parser.add_argument("results", nargs="+", metavar="RESULT.json", help="written by img2vid eval")
-    parser.add_argument("--out", help="a page (.html) or a picture (.png); default: runs/report.html")
-    options = parser.parse_args(argv)
-    return plot_results(options.results, options.out)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,10 +16,12 @@ from img2vid._version import __version__
 from img2vid.checkpoints.native import describe_model
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evaluation.features import Compute, Features, input_spec, short_hash, write_whole
+from img2vid.evaluation.features import Compute, Features
+from img2vid.evaluation.reading import input_spec
+from img2vid.evaluation.store import short_hash, write_whole
+from img2vid.evaluation.versions import versions
 
 FORMAT = 1
-PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "av", "numpy", "scikit-learn")
 
 
 def describe_run(
@@ -93,16 +93,6 @@ def hash_of_list(videos: VideoList) -> str:
         for name, row in zip(names_of(videos), videos.rows, strict=True)
     ]
     return short_hash([rows, None if classes is None else list(classes)])
-
-
-def versions() -> dict[str, str]:
-    found = {"img2vid": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # not part of this run, then
-            continue
-    return found
 
 
 def write_result(result: dict, path: str | Path) -> Path:

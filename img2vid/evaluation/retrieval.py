@@ -8,7 +8,6 @@ share their places: rank = 1 + number greater + number equal / 2, so a model tha
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import img2vid.evaluation.options as common
-from img2vid.checkpoints.native import load
 from img2vid.data.manifest import Row, VideoList
 from img2vid.data.sampling import frame_range
 from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, extract
-from img2vid.evaluation.processes import Processes, processes
+from img2vid.evaluation.processes import Processes
 from img2vid.evaluation.prompts import embed_texts
 from img2vid.evaluation.reading import Views, identity
-from img2vid.evaluation.results import describe_run, names_of, write_result
-from img2vid.evaluation.tables import show
+from img2vid.evaluation.results import describe_run, names_of
 
 
 def ranks(scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +106,10 @@ def retrieval(
         raise EvaluationError(f"template={template!r}: expected {{}} once, where the caption goes.")
     videos, uncaptioned = with_captions(videos)
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
+    # before any video is read, as texts can fail too; every different one once, so that equal captions have equal
+    # scores to the last bit
+    texts = list(dict.fromkeys(template.replace("{}", caption) for row in videos.rows for caption in row.captions))
+    embedded = embed_texts(model.to(compute.device), texts).double() if shared.is_first else None
     features = extract(
         model, videos, views, conditions, cache=cache, compute=compute, strict=strict, processes=shared,
         on_progress=on_progress,
@@ -118,10 +118,7 @@ def retrieval(
         return None
     captions = [(i, caption) for i, row in enumerate(features.rows) for caption in videos.rows[row].captions]
     owner = torch.tensor([i for i, _ in captions])
-    # every different text once, so that equal captions have equal scores to the last bit
-    texts = {template.replace("{}", caption): None for _, caption in captions}
     place = {text: i for i, text in enumerate(texts)}
-    embedded = embed_texts(model, list(texts)).double()
     text = F.normalize(embedded, dim=-1)[[place[template.replace("{}", c)] for _, c in captions]]
     result = describe_run("retrieval", model, source, videos, features, compute, conditions)
     result["data"] |= {"captions": len(captions), "uncaptioned": uncaptioned}
@@ -174,34 +171,3 @@ def middle(row: Row, read_clip):
         return [(first + stop) // 2]
 
     return read_clip(row.path, choose)[0].permute(1, 2, 0).numpy()
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid eval retrieval", description=__doc__.split("\n\n")[0])
-    common.add_model(parser, "runs/eval/retrieval.json")
-    common.add_data(parser)
-    parser.add_argument("--template", default="{}", help="what a caption is put into (default: {}, the caption alone)")
-    parser.add_argument("--no-baseline", action="store_true", help="leave out the image model of the same weights")
-    parser.add_argument("--predictions", action="store_true", help="keep the rank of every caption's video")
-    parser.add_argument("--picture", metavar="FILE.png", help="draw what the first captions find, and similarities")
-    common.add_views(parser)
-    common.add_compute(parser)
-    options = parser.parse_args(argv)
-    if options.picture is not None:
-        import img2vid.plots  # noqa: F401 (says now that matplotlib is missing, not after an hour)
-    with processes() as shared:
-        videos = common.lists_of(options, options.data, classes=None).videos
-        model = load(options.model)
-        with common.progress_bar("videos", -(-len(videos) // shared.world_size), shared.is_first) as advance:
-            result = retrieval(
-                model, videos, common.views_of(options, model), template=options.template,
-                baseline=not options.no_baseline, keep_predictions=options.predictions,
-                picture=options.picture, seed=options.seed,
-                source=options.model, cache=common.cache_of(options), compute=common.compute_of(options, shared),
-                strict=options.strict, shared=shared, on_progress=advance,
-            )  # fmt: skip
-    if result is not None:
-        write_result(result, options.out)
-        written = options.out if options.picture is None else f"{options.out}, {options.picture} and its similarities"
-        show(result, written)
-    return 0

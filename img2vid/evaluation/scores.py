@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from img2vid.choices import FUSIONS
 from img2vid.evaluation.errors import EvaluationError
-
-FUSIONS = ("feature", "logit", "probability")
 
 
 @dataclass

@@ -20,8 +20,8 @@ from pathlib import Path
 from img2vid.data.lists import VIDEO_SUFFIXES, read_classes
 from img2vid.data.manifest import Row, VideoList
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evaluation.features import write_whole
 from img2vid.evaluation.reading import stamp
+from img2vid.evaluation.store import write_whole
 
 CLASSES, TEMPLATES, SHARDS = "classnames.txt", "zeroshot_classification_templates.txt", "nshards.txt"
 

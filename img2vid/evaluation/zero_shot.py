@@ -5,27 +5,31 @@ img2vid eval zero-shot --model runs/convert/nano_clip --data test.csv --template
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import img2vid.evaluation.options as common
-from img2vid.checkpoints.native import load
+from img2vid.choices import FUSIONS
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features, extract
-from img2vid.evaluation.processes import Processes, processes
-from img2vid.evaluation.prompts import class_embeddings, embed_texts, read_templates, readable, template_hash
-from img2vid.evaluation.protocols import PROTOCOLS, Lists, Round, rounds, summarise
+from img2vid.evaluation.processes import Processes
+from img2vid.evaluation.prompts import (
+    check_distinct,
+    class_embeddings,
+    embed_texts,
+    read_templates,
+    readable,
+    template_hash,
+)
+from img2vid.evaluation.protocols import Lists, Round, rounds, summarise
 from img2vid.evaluation.reading import Views
-from img2vid.evaluation.results import describe_run, names_of, write_result
-from img2vid.evaluation.scores import FUSIONS, OwnHead, TextHead, score
-from img2vid.evaluation.tables import show
+from img2vid.evaluation.results import describe_run, names_of
+from img2vid.evaluation.scores import OwnHead, TextHead, score
 
 
 def zero_shot(
@@ -59,7 +63,10 @@ def zero_shot(
     """
     compute, shared, videos = compute or Compute(), shared or Processes(), lists.videos
     question = Question.to(model, videos, templates, fusion)
+    with_label = [row for row, of in enumerate(videos.rows) if of.label is not None]
+    rounds(protocol, lists, with_label, seed=seed, **protocol_options)  # says what is wrong before any video is read
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
+    head = question.head(model.to(compute.device)) if shared.is_first else None
     features = extract(
         model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
         processes=shared, on_progress=on_progress,
@@ -68,7 +75,7 @@ def zero_shot(
         return None
     labelled = labelled_rows(features, videos)
     made = rounds(protocol, lists, labelled, seed=seed, **protocol_options)
-    scored = question.scored(model, features)
+    scored = question.scored(head, features)
 
     task = "classification" if question.own else "zero_shot"
     result = question.describe(task, model, source, features, compute, conditions)
@@ -133,7 +140,17 @@ class Question:
     def to(cls, model, videos: VideoList, templates, fusion: str | None) -> Question:
         """Says what would make the numbers meaningless before any video is read."""
         num_classes = model.config.num_classes
+        if all(row.label is None for row in videos.rows):
+            raise EvaluationError(f"{videos.source} has no labels. Classification needs a column label.")
+        if len(videos.class_names or "ab") < 2 or num_classes == 1:
+            raise EvaluationError(
+                f"{videos.source} has one class, so every answer would be right. Give all that compete: --classes FILE."
+            )
+        if fusion is not None and fusion not in FUSIONS:
+            raise EvaluationError(f"fusion={fusion!r}: expected one of {', '.join(FUSIONS)}.")
         if num_classes is not None:
+            if fusion == "feature":
+                raise EvaluationError("A classifier's views are fused as logit or probability, not as feature.")
             names = videos.class_names or [str(i) for i in range(num_classes)]
             if len(names) != num_classes:
                 raise EvaluationError(
@@ -148,18 +165,21 @@ class Question:
                 f"{videos.source} numbers its classes; give their names: --classes FILE (or ucf101, ...)."
             )
         texts, name = read_templates(templates)
+        check_distinct(videos.class_names)
         return cls(list(videos.class_names), texts, name, False, fusion or "feature", videos)
 
     @property
     def level(self) -> str:
         return "output" if self.own else "features"
 
-    def scored(self, model, features: Features) -> dict[str, Scored]:
-        """Scores under each condition of the features."""
+    def head(self, model) -> OwnHead | TextHead:
+        """What turns features into one score for each class. Made before any video is read: texts can fail too."""
         if self.own:
-            head = OwnHead(len(self.names))
-        else:
-            head = TextHead.of(model, class_embeddings(model, self.names, self.templates))
+            return OwnHead(len(self.names))
+        return TextHead.of(model, class_embeddings(model, self.names, self.templates))
+
+    def scored(self, head: OwnHead | TextHead, features: Features) -> dict[str, Scored]:
+        """Scores under each condition of the features."""
         return {name: Scored(head, features, name, self.videos, self.fusion) for name in features.of}
 
     def describe(self, task: str, model, source, features: Features, compute: Compute, conditions) -> dict:
@@ -216,37 +236,3 @@ def list_predictions(scored: dict[str, Scored], r: Round, videos, names: Sequenc
         for entry, predicted, p in zip(out, metrics.predictions(ranked).tolist(), probabilities, strict=True):
             entry[condition] = {"predicted": names[predicted], "probability": float(p[predicted])}
     return out
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("img2vid eval zero-shot", description=__doc__.split("\n\n")[0])
-    common.add_model(parser, "runs/eval/zero_shot.json")
-    common.add_data(parser)
-    group = parser.add_argument_group("protocol")
-    group.add_argument("--protocol", default="list", choices=PROTOCOLS, help="docs/evaluation.md (default: list)")
-    common.add_templates(group)
-    group.add_argument("--fusion", choices=FUSIONS, help="of views (default: feature)")
-    group.add_argument("--num-rounds", type=int, default=10, help="of protocol halves (default: 10)")
-    group.add_argument("--class-splits", nargs="+", default=(), metavar="FILE", help="classes of each round")
-    group.add_argument("--base-classes", metavar="FILE", help="of base-to-novel (default: the first half)")
-    group.add_argument("--no-baseline", action="store_true", help="leave out the image model of the same weights")
-    group.add_argument("--predictions", action="store_true", help="keep what was said of each video")
-    common.add_views(parser)
-    common.add_compute(parser)
-    options = parser.parse_args(argv)
-    with processes() as shared:
-        lists = common.lists_of(options, options.data, options.protocol)
-        model = load(options.model)
-        with common.progress_bar("videos", -(-len(lists.videos) // shared.world_size), shared.is_first) as advance:
-            result = zero_shot(
-                model, lists, common.views_of(options, model), templates=common.templates_of(options),
-                protocol=options.protocol, fusion=options.fusion, baseline=not options.no_baseline,
-                keep_predictions=options.predictions, seed=options.seed, source=options.model,
-                cache=common.cache_of(options), compute=common.compute_of(options, shared), strict=options.strict,
-                shared=shared, on_progress=advance, num_rounds=options.num_rounds, class_splits=options.class_splits,
-                base_classes=options.base_classes,
-            )  # fmt: skip
-    if result is not None:
-        write_result(result, options.out)
-        show(result, options.out)
-    return 0

@@ -204,6 +204,11 @@ def share(name: str, value: object) -> None:
         raise ObjectiveError(f"{name}={value!r}: expected a number from 0 to below 1.")
 
 
+def is_of_text(name: str, with_scale: bool = False) -> bool:
+    """Whether a parameter of a VideoTextModel belongs to its text tower; its temperature belongs to both towers."""
+    return not name.startswith("visual.") and (with_scale or name not in ("logit_scale", "logit_bias"))
+
+
 def need_text(model: nn.Module, what: str) -> None:
     if not hasattr(model, "encode_text"):
         raise ObjectiveError(

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from img2vid.objectives.base import Objective, ObjectiveError, Step, Surroundings, choice, need_text, share
+from img2vid.objectives.base import (
+    Objective,
+    ObjectiveError,
+    Step,
+    Surroundings,
+    choice,
+    is_of_text,
+    need_text,
+    share,
+)
 
 
 class Classification(Objective):
@@ -68,8 +77,8 @@ class Classification(Objective):
             raise ObjectiveError("spread_steps needs the loss that it minimises: give spread a weight.")
         if bool(keep_prompts) != bool(keep_text):
             raise ObjectiveError(
-                f"keep_text={keep_text:g} is the weight of keep_prompts, of which {len(keep_prompts)} are given; "
-                "give both."
+                f"keep_text={keep_text:g} is the weight of keep_prompts, of which {len(keep_prompts)} are given: "
+                "give both or neither."
             )
         if any("{}" in prompt for prompt in keep_prompts) != bool(keep_names):
             raise ObjectiveError("keep_names are what {} stands for in keep_prompts: give both or neither.")
@@ -81,6 +90,7 @@ class Classification(Objective):
         self.trains_text = head == "text" and train_text
         self.reads_scale = head == "text" and scale is None
         self.index: dict[str, int] = {}  # of captions
+        self.text_moves = train_text
         self.known: dict[str, Tensor] = {}  # their embeddings, while the text tower stands still
 
     def setup(self, around: Surroundings) -> None:
@@ -90,6 +100,9 @@ class Classification(Objective):
                 raise ObjectiveError("head='linear' needs a classifier: give num_classes in the model's config.")
             return
         need_text(model, "head='text'")
+        self.known = {}
+        # another objective may train it, though this one does not
+        self.text_moves = any(p.requires_grad for name, p in model.named_parameters() if is_of_text(name))
         if self.classes == "label" and around.class_names is None:
             raise ObjectiveError("head='text' needs class names, and the training list has none: give data.classes.")
         if self.classes == "caption" and not around.captions:
@@ -115,7 +128,7 @@ class Classification(Objective):
 
     def spread_out(self, step: Step) -> None:
         """Train the text tower alone until its classes have embeddings of their own."""
-        tower = [p for name, p in step.model.named_parameters() if not name.startswith("visual.")]
+        tower = [p for name, p in step.model.named_parameters() if is_of_text(name, with_scale=True)]
         frozen = [p for p in tower if not p.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -167,11 +180,10 @@ class Classification(Objective):
         if self.head == "linear":
             logits = step.model.classifier(step.features)
             return {"classification_loss": self.cross_entropy(logits, self.targets(step.batch, logits.device))}
+        if self.text_moves and torch.is_grad_enabled():
+            self.known = {}  # what the text tower says is about to change
         learns = self.train_text and torch.is_grad_enabled()
-        if learns:
-            self.known, text = {}, self.embed(step, self.learning)  # what is known is about to change
-        else:
-            text = {self.classes: self.embed_known(step, self.classes)}
+        text = self.embed(step, self.learning) if learns else {self.classes: self.embed_known(step, self.classes)}
         logits = self.factor(step) * step.video @ class_embeddings(text[self.classes]).T  # (B, classes)
         losses = {"classification_loss": self.cross_entropy(logits, self.targets(step.batch, logits.device))}
         return losses | self.text_losses(step, text) if learns else losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 from img2vid.errors import Img2VidError
@@ -36,5 +37,13 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    no_glyph = [w for w in caught if "missing from font" in str(w.message)]
+    for warning in caught:
+        if warning not in no_glyph:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if no_glyph:
+        warnings.warn("Some letters are drawn as boxes: matplotlib's font does not have them.", stacklevel=3)
     return buffer.getvalue()

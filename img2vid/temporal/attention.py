@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -155,24 +155,24 @@ class TemporalAttention(nn.Module):
         Tokens (B*T, P + N, D) -> (B*T, P + N, D): patch n attends to the P prefix tokens and to patch n of all frames;
         a prefix token attends to the prefix tokens and to all patches of all frames.
         """
-        qkv = self.qkv(x).unflatten(0, (-1, num_frames)).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(3, 0, 2, 4, 1, 5)  # each (B, P + N, H, T, head_dim)
+        heads = {"t": num_frames, "qkv": 3, "h": self.num_heads}
+        q, k, v = rearrange(self.qkv(x), "(b t) s (qkv h d) -> qkv b s h t d", **heads)  # s: prefix, then patches
         q, k = self.q_norm(q), self.k_norm(k)
         num_patches = x.shape[1] - num_prefix
 
         def with_clip_keys(kv: Tensor) -> Tensor:  # (B, N, H, P + T, head_dim)
-            clip = kv[:, :num_prefix, :, 0].transpose(1, 2)  # (B, H, P, head_dim)
-            return torch.cat([clip.unsqueeze(1).expand(-1, num_patches, -1, -1, -1), kv[:, num_prefix:]], dim=3)
+            clip = repeat(kv[:, :num_prefix, :, 0], "b p h d -> b n h p d", n=num_patches)
+            return torch.cat([clip, kv[:, num_prefix:]], dim=3)
 
         def all_of_clip(kv: Tensor) -> Tensor:  # (B, H, P + N*T, head_dim)
-            patches = kv[:, num_prefix:].transpose(1, 2).flatten(2, 3)
+            patches = rearrange(kv[:, num_prefix:], "b n h t d -> b h (n t) d")
             return torch.cat([kv[:, :num_prefix, :, 0].transpose(1, 2), patches], dim=2)
 
         attend = functools.partial(F.scaled_dot_product_attention, scale=self.scale)
         patches = attend(q[:, num_prefix:], with_clip_keys(k), with_clip_keys(v))  # (B, N, H, T, head_dim)
         prefix = attend(q[:, :num_prefix, :, 0].transpose(1, 2), all_of_clip(k), all_of_clip(v))  # (B, H, P, head_dim)
-        prefix = prefix.transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, num_frames, -1)  # (B, P, H, T, head_dim)
-        y = torch.cat([prefix, patches], dim=1).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(2)
+        prefix = repeat(prefix, "b h p d -> b p h t d", t=num_frames)
+        y = rearrange(torch.cat([prefix, patches], dim=1), "b s h t d -> (b t) s (h d)")
         return self.proj(self.inner_norm(y))
 
     def extra_repr(self) -> str:

@@ -126,6 +126,7 @@ class Page:
 
     versions: str
     strata: dict[str, tuple[str, ...]]  # smallest architecture: what it stands for
+    architectures: dict[str, int]  # how many each of those stands for
     parameters: dict[str, float]  # of those, in millions
     converted: list[str]
     refusals: dict[str, str]  # one architecture of each kind: what is said
@@ -141,6 +142,28 @@ class Page:
         return chosen
 
 
+def summary(page: Page) -> str:
+    """The table that README.md shows: what each tower class of the libraries stands for."""
+    towers: dict[tuple[str, str], list[str]] = {}
+    for name, (library, tower, *_) in page.strata.items():
+        towers.setdefault((library, tower), []).append(name)
+
+    def several(names: list[str], column: str) -> str:
+        at = 1 + STRATUM.index(column)
+        return "; ".join(dict.fromkeys(page.strata[name][at].removesuffix(", per block") for name in names))
+
+    lines = [
+        (
+            library,
+            tower,
+            *(several(names, column) for column in ("attention", "positions", "pool")),
+            str(sum(page.architectures[name] for name in names)),
+        )
+        for (library, tower), names in towers.items()
+    ]
+    return table(("library", "image model", "attention", "positions", "pool", "architectures"), lines)
+
+
 def read_page(path: Path = PAGE) -> Page:
     text = path.read_text()
     lines = [
@@ -152,6 +175,7 @@ def read_page(path: Path = PAGE) -> Page:
     return Page(
         versions=re.search(r"was made with\n(.*)\.\n", text)[1],
         strata={line[-1]: (line[-1].partition(":")[0], *line[: len(STRATUM)]) for line in strata},
+        architectures={line[-1]: int(line[len(STRATUM)]) for line in strata},
         parameters={line[-1]: float(line[-2].removesuffix(" M")) for line in strata},
         converted=[name for line in supported if line[:1] == "`" for name in re.findall(r"`(.+?)`", line)],
         refusals={line[-1]: line[0] for line in lines if len(line) == len(REFUSAL)},

@@ -163,6 +163,10 @@ def test_orders_are_permutations_that_change_with_epoch_and_seed():
     [
         (lambda v: ClipSampler(8, 2, 10.0), "not both"),
         (lambda v: ClipSampler(0), "above 0"),
+        (lambda v: ClipSampler(2.5), "whole numbers above 0"),
+        (lambda v: ClipSampler(2, frame_interval=1.5), "whole numbers above 0"),  # else cut off in silence
+        (lambda v: ClipSampler(2, target_fps=float("nan")), "target_fps=nan"),
+        (lambda v: ClipSampler(2, target_fps=0.0), "target_fps=0.0: expected frames per second"),
         (lambda v: ClipSampler(8, 2, short_policy="loop"), "expected one of 'repeat_last'"),
         (lambda v: VideoDataset(v, ClipSampler(4), as_read, on_bad_video="skip"), "twice in testing"),
         (lambda v: VideoDataset(v, ClipSampler(4), as_read, on_bad_video="ignore"), "'raise' or 'skip'"),

@@ -1,5 +1,6 @@
 """Samplers and loaders: every row where it belongs, over processes, workers and interruptions."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from img2vid.data.datasets import ClipSampler, VideoDataset
 from img2vid.data.loading import ClipLoader, EvalSampler, TrainSampler, worker_options
+from img2vid.data.order import draw_seed
 from img2vid.data.transforms import TrainTransform
 from tests.data.conftest import SPEC
 
@@ -114,3 +116,54 @@ def test_wrong_ranks():
         TrainSampler(10, 2, 2)
     with pytest.raises(ValueError, match="3 videos cannot be shared among 4"):
         TrainSampler(3, 0, 4)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_after_bad_videos_is_exact(videos, tmp_path, num_workers):
+    """What stands in for a bad video follows from the epoch's order, so nothing about it need be saved."""
+    (tmp_path / "bad.mp4").write_text("no video")
+    rows = [
+        replace(row, path=str(tmp_path / "bad.mp4")) if n in (2, 3, 7) else row for n, row in enumerate(videos.rows)
+    ]
+
+    def skipping():
+        made = loader(replace(videos, rows=tuple(rows)), num_workers=num_workers)
+        made.dataset.on_bad_video, made.dataset.bad_limit = "skip", 5
+        return made
+
+    expected = [batch["clip"] for batch in skipping()]
+    for stop in range(1, 5):
+        begun = skipping()
+        taken = [batch["clip"] for _, batch in zip(range(stop), begun, strict=False)]
+        resumed = skipping()
+        resumed.load_state_dict(begun.state_dict())
+        got = taken + [batch["clip"] for batch in resumed]
+        assert len(got) == len(expected) == 5 and all(map(torch.equal, got, expected)), stop
+
+
+class StuckAt(TrainTransform):
+    """A worker that hangs on one row, as in a driver or on a network disk."""
+
+    stuck: int
+
+    def __call__(self, clip, seed):
+        if seed == self.stuck:
+            time.sleep(3600)
+        return super().__call__(clip, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_hung_worker_ends_the_run_and_the_videos_are_named(videos):
+    hanging = loader(videos, num_workers=2)
+    batches = rows(loader(videos))
+    transform = hanging.dataset.transform = StuckAt(SPEC)
+    transform.stuck = draw_seed(0, 0, batches[5])  # in the third batch of two
+    hanging.timeout = 20
+    taken = []
+    with pytest.raises(RuntimeError, match="no batch came for 20 seconds.*batch 2 of epoch 0") as caught:
+        for batch in hanging:
+            taken += batch["index"].tolist()
+    assert taken == batches[:4]
+    assert all(videos.rows[row].path in str(caught.value) for row in batches[4:6])
+    assert not any(videos.rows[row].path in str(caught.value) for row in batches[:4])

@@ -2,6 +2,8 @@
 
 import csv
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -103,3 +105,28 @@ def test_wrong_arguments_exit_with_2(listed, capsys):
     assert prepare.main([str(listed / "none.csv"), str(listed / "out")]) == 2
     assert run(listed, "--crf", "80") == 2
     assert "crf from 0 to 51" in capsys.readouterr().err
+
+
+def test_a_prepared_file_that_is_not_whole_is_made_anew(listed):
+    """As a power failure leaves them: there, by the right name, and cut off."""
+    run(listed)
+    for file in (listed / "out" / "videos").iterdir():
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+    assert run(listed) == 1  # of c.mp4 alone
+    assert [row.frames for row in read_list(listed / "out" / "manifest.csv").rows] == [40, 10]
+
+
+def test_a_full_disk_ends_the_run_and_blames_no_video(listed):
+    """A limit on the size of files stands for the disk: writing fails in the middle of a video."""
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+    arguments = [str(listed / "list.csv"), str(listed / "out"), "--num-workers", "1", "--short-side", "96"]
+    code = f"{limited}; import sys; from img2vid.data import prepare; sys.exit(prepare.main({arguments!r}))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "File too large" in ended.stderr and "Traceback" not in ended.stderr
+    left = [path for path in (listed / "out").rglob("*") if path.is_file()]
+    assert all(
+        path.suffix == ".mp4" and probe(path).frames == 10 for path in left
+    )  # b.avi's may have been small enough
+    assert run(listed) == 1  # goes on where it stopped
+    assert len(read_list(listed / "out" / "manifest.csv")) == 2

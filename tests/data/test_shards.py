@@ -85,13 +85,74 @@ def test_a_resumed_stream_gives_exactly_the_rest(shards, workers):
         other.load_state_dict(begun.state_dict())
 
 
-def broken_shard(path):
+def shard_of(path, **members):
+    """A tar of one sample, its members by extension."""
     with tarfile.open(path, "w") as tar:
-        for name, data in (("1.mp4", b"no video"), ("1.json", b'{"label": 1}')):
-            info = tarfile.TarInfo(name)
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"1.{extension}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def broken_shard(path):
+    return shard_of(path, mp4=b"no video", json=b'{"label": 1}')
+
+
+@pytest.mark.parametrize(
+    ("members", "label", "caption"),
+    [
+        ({}, -1, ""),
+        ({"json": b'{"label": "run", "captions": ["a dog"]}'}, 1, "a dog"),
+        ({"json": b'{"label": 0, "captions": "a dog"}'}, 0, "a dog"),  # not one of its letters
+        ({"json": b'{"caption": "a dog"}'}, -1, "a dog"),
+        ({"cls": b"1", "txt": "ein H\u00fcndchen\n".encode()}, 1, "ein H\u00fcndchen"),
+        ({"json": b'{"label": 0}', "cls": b"1", "txt": b""}, 0, ""),
+    ],
+)
+def test_samples_of_other_tools(videos, tmp_path, members, label, caption):
+    shard = shard_of(tmp_path / "s.tar", mp4=Path(videos.rows[0].path).read_bytes(), **members)
+    items = list(stream([shard], 3))
+    assert [(item["label"], item["caption"]) for item in items] == [(label, caption)] * 3
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"json": b"[1]"}, "no object with label"),
+        ({"json": b"{"}, "not JSON"),
+        ({"json": b'{"label": 7}'}, "label 7 is none of the 2 class_names"),
+        ({"json": b'{"label": -1}'}, "label -1 is none"),
+        ({"json": b'{"label": 1.5}'}, "label 1.5 is none"),
+        ({"json": b'{"label": true}'}, "label True is none"),
+        ({"json": b'{"captions": [3]}'}, "captions must be a list of sentences"),
+        ({"cls": b"run"}, r"its \.cls is no number"),
+        ({"txt": b"\xff\xfe"}, r"its \.txt no text"),
+    ],
+)
+def test_samples_that_say_nonsense(videos, tmp_path, members, words):
+    shard = shard_of(tmp_path / "s.tar", mp4=Path(videos.rows[0].path).read_bytes(), **members)
+    with pytest.raises(VideoError, match=rf"s\.tar sample 1: .*{words}"):
+        list(stream([shard], 3))
+
+
+def test_shards_that_are_none(shards, tmp_path):
+    """None of them may be read for ever, or end a worker in the words of a library."""
+    empty = shard_of(tmp_path / "empty.tar")
+    text, cut, nothing = (tmp_path / name for name in ("text.tar", "cut.tar", "nothing.tar"))
+    text.write_text("no tar" * 1000)
+    cut.write_bytes(shards[0].read_bytes()[:3000])
+    nothing.write_bytes(b"")
+    for shard, words in (
+        (empty, "no samples"),
+        (text, "no tar"),
+        (cut, "cut off"),
+        (nothing, "empty file|no tar|no samples"),
+    ):
+        with pytest.raises(VideoError, match=rf"{shard.name}: .*({words})"):
+            list(stream([shard], 3))
+    with pytest.raises(VideoError, match="1.avi.exe|a key ends at its first dot"):
+        list(stream([shard_of(tmp_path / "dots.tar", **{"x.mp4": b"", "json": b"{}"})], 3))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,8 +12,9 @@ from img2vid.data.lists import read_list
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation.conditions import CONDITIONS, has_gates, order_frames, represent, shuffle
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evaluation.features import Compute, Store, extract
-from img2vid.evaluation.reading import Videos, Views, input_spec
+from img2vid.evaluation.features import Compute, batched, extract
+from img2vid.evaluation.reading import Problem, Videos, Views, input_spec, stamp
+from img2vid.evaluation.store import Store
 from tests.conftest import small_clip, small_vit
 from tests.evaluation.conftest import CPU
 
@@ -233,6 +234,51 @@ def test_damaged_or_outdated_parts_are_made_again(timely, videos, tmp_path, coun
     counted.clear()
     again = extract(timely, videos, VIEWS, compute=CPU, cache=tmp_path)
     assert counted == list(range(8, 16)) and torch.equal(found.of["model"], again.of["model"])
+
+
+def test_parts_of_another_format_are_made_again(timely, videos, tmp_path, counted):
+    from safetensors.torch import save_file
+
+    extract(timely, videos, VIEWS, compute=CPU, cache=tmp_path)
+    save_file({"rows": torch.arange(8)}, next(tmp_path.rglob("000001.safetensors")))  # whole, but says nothing
+    counted.clear()
+    extract(timely, videos, VIEWS, compute=CPU, cache=tmp_path)
+    assert counted == list(range(8, 16))
+
+
+def test_a_process_that_died_once_is_not_held_against_the_video(timely, videos, tmp_path, monkeypatch, counted):
+    """Memory may have run out: the video is named and left out now, and tried again in the next run."""
+    videos, original = VideoList(videos.rows[:12], videos.class_names, videos.source), Videos.__getitem__
+
+    def deadly(self, row):
+        if row == 5:
+            os._exit(9)
+        return original(self, row)
+
+    with monkeypatch.context() as once:
+        once.setattr(Videos, "__getitem__", deadly)
+        assert list(extract(timely, videos, VIEWS, compute=Compute(4, 1), cache=tmp_path).problems) == [5]
+    found = extract(timely, videos, VIEWS, compute=CPU, cache=tmp_path)
+    assert counted == list(range(8)) and found.problems == {} and len(found.rows) == 12
+
+
+def test_a_changed_frame_in_a_folder_of_frames_is_noticed(tmp_path):
+    folder = tmp_path / "video"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(b"12345")
+        os.utime(folder / f"{i}.png", ns=(10**18, 10**18))
+    os.utime(folder, ns=(10**18, 10**18))
+    before = stamp(str(folder))
+    os.utime(folder / "1.png", ns=(2 * 10**18, 2 * 10**18))  # which leaves the folder itself as it was
+    assert stamp(str(folder)) != before and stamp(str(tmp_path / "gone")) is None
+
+
+def test_no_more_than_one_batch_of_clips_is_held():
+    items = ((i, torch.zeros(1), None if i != 2 else Problem("missing", "gone")) for i in range(8))
+    problems, done = {}, []
+    held = [[row for row, _ in batch] for batch in batched(items, 3, problems, done.append)]
+    assert held == [[0, 1, 3], [4, 5, 6], [7]] and list(problems) == [2] and len(done) == 8
 
 
 def test_a_repaired_video_is_read_again(timely, broken, tmp_path, motion, counted):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,17 @@ def test_end_to_end(timely, motion, monkeypatch):
     assert probe(timely, test, test, Views(4), kinds=["knn"], compute=CPU)["data"]["also_in_train"] == 24
 
 
+def test_all_probes_share_one_pass_and_the_features_of_their_own(timely, motion, monkeypatch):
+    monkeypatch.setattr("img2vid.evaluation.probe.MIN_STEPS", 1)
+    train, test = read_list(motion / "train.csv"), read_list(motion / "test.csv")
+    done = []
+    together = probe(timely, train, test, Views(4), kinds=["knn", "attentive"], compute=CPU, on_progress=done.append)
+    assert sum(done) == len(train) + len(test)
+    alone = probe(timely, train, test, Views(4), kinds=["knn"], compute=CPU)
+    for name in ("model", "frame_mean"):
+        assert together["metrics"]["knn"][name]["top1"] == alone["metrics"]["knn"][name]["top1"]
+
+
 def test_what_cannot_be_meant(timely, motion):
     test = read_list(motion / "test.csv")
     with pytest.raises(EvaluationError, match="expected some of linear, knn, attentive"):
@@ -91,6 +103,17 @@ def test_what_cannot_be_meant(timely, motion):
     other = VideoList(test.rows, test.class_names[::-1], "other.csv")
     with pytest.raises(EvaluationError, match="name other classes"):
         probe(timely, test, other, Views(4))
+    one = VideoList(tuple(row for row in test.rows if row.label == 0), test.class_names, "one.csv")
+    with pytest.raises(EvaluationError, match="one.csv holds videos of 1 classes"):
+        probe(timely, one, test, Views(4))
+    none = VideoList(tuple(replace(row, label=None) for row in test.rows), None, "none.csv")
+    with pytest.raises(EvaluationError, match="none.csv has no labels"):
+        probe(timely, test, none, Views(4))
+    gone = VideoList(
+        tuple(row if row.label == 0 else replace(row, path="gone.mp4") for row in test.rows), test.class_names, "x.csv"
+    )
+    with pytest.raises(EvaluationError, match="can be read of x.csv holds videos of 1 classes"):
+        probe(timely, gone, test, Views(4), kinds=["knn"], compute=CPU)
 
 
 def test_a_missing_package_is_said_before_any_video_is_read(timely, motion, monkeypatch):

@@ -10,6 +10,7 @@ from img2vid.evaluation.prompts import (
     TEMPLATE_SETS,
     class_embeddings,
     class_list,
+    embed_texts,
     prompts,
     read_templates,
     readable,
@@ -81,3 +82,10 @@ def test_kinetics_is_torchvisions():
 def test_unknown_class_list():
     with pytest.raises(EvaluationError, match="Did you mean 'ucf101'"):
         class_list("ucf-101")
+
+
+def test_texts_do_not_depend_on_the_mode_the_model_is_in(nano):
+    """Dropout of a model that is being trained takes no part, and is on again afterwards."""
+    nano.transformer.resblocks[0].mlp.add_module("drop", torch.nn.Dropout(0.5))
+    expected = embed_texts(nano.eval(), ["a dog", "a cat"])
+    assert torch.equal(embed_texts(nano.train(), ["a dog", "a cat"]), expected) and nano.training

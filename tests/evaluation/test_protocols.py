@@ -45,15 +45,21 @@ def test_halves_are_random_and_reproducible(lists):
 def test_class_splits_from_files(lists, tmp_path):
     text, many = tmp_path / "one.txt", tmp_path / "many.json"
     text.write_text("dog\nant\n")
-    many.write_text(json.dumps({"x": ["bee"], "y": ["eel", "cat"]}))
+    many.write_text(json.dumps({"x": ["bee", "cat"], "y": ["eel", "cat"]}))
     made = rounds("class-splits", lists, range(10), class_splits=[text, many])
     assert [(r.name, r.classes, r.rows) for r in made] == [
         ("one", (3, 0), (0, 3, 5, 8)),
-        ("x", (1,), (1, 6)),
+        ("x", (1, 2), (1, 2, 6, 7)),
         ("y", (4, 2), (2, 4, 7, 9)),
     ]
     text.write_text("dogs\n")
     with pytest.raises(EvaluationError, match="one.txt, one: 1 of its classes.*Did you mean 'dog'"):
+        rounds("class-splits", lists, range(10), class_splits=[text])
+    text.write_text("dog\nant\ndog\n")
+    with pytest.raises(EvaluationError, match="1 classes are there more than once, the first 'dog'"):
+        rounds("class-splits", lists, range(10), class_splits=[text])
+    text.write_text("dog\n")
+    with pytest.raises(EvaluationError, match="fewer than two classes compete in one"):
         rounds("class-splits", lists, range(10), class_splits=[text])
     many.write_text("[1]")
     with pytest.raises(EvaluationError, match="expected JSON such as"):
@@ -69,6 +75,16 @@ def test_base_to_novel(lists, tmp_path):
     file.write_text("eel\nbee\n")
     base, novel = rounds("base-to-novel", lists, range(10), base_classes=file)
     assert (base.classes, base.rows, novel.classes) == ((4, 1), (1, 4, 6, 9), (0, 2, 3))
+
+
+def test_rounds_in_which_every_answer_is_right_are_refused(lists):
+    few = Lists(VideoList(lists.videos.rows, NAMES[:3], "few.csv"), {})
+    with pytest.raises(EvaluationError, match="compete in novel: all answers"):
+        rounds("base-to-novel", few, range(3))
+    with pytest.raises(EvaluationError, match="Half of 3 classes is no choice"):
+        rounds("halves", few, range(3))
+    with pytest.raises(EvaluationError, match="num_rounds=0"):
+        rounds("halves", lists, range(10), num_rounds=0)
 
 
 def measured(top1, ece=0.1):

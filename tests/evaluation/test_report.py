@@ -156,6 +156,12 @@ def test_numbers_are_never_cut_short(results, capsys, monkeypatch):
             assert all(cell in out for cell in row)
 
 
+def test_letters_without_a_glyph_are_said_once():
+    with pytest.warns(UserWarning) as caught:
+        plots.png(plots.confusion_figure([[1, 0], [0, 1]], ["\u65e5\u672c", "\u8a9e"]))
+    assert len(caught) == 1 and "drawn as boxes" in str(caught[0].message)
+
+
 def test_curves_of_a_training_log(tmp_path, capsys):
     log, out = tmp_path / "metrics.csv", tmp_path / "c.png"
     log.write_text("epoch,gate/0,gate/1,loss,step\n0,0.0,0.0,,0\n0,,,2.5,4\n0,0.5,0.25,2.0,9\n")

@@ -155,8 +155,72 @@ def test_what_cannot_be_meant(nano, vit, digits, tmp_path):
     unlabelled = tmp_path / "unlabelled.csv"
     rows = read_list(digits).rows
     write_manifest([Row(rows[0].path), Row(str(tmp_path / "gone.mp4"), "six")], unlabelled)
+    with pytest.raises(EvaluationError, match="has one class"):
+        run(nano, unlabelled)
+    write_manifest([Row(rows[0].path), *(Row(str(tmp_path / "gone.mp4"), name) for name in ("six", "two"))], unlabelled)
     with pytest.raises(EvaluationError, match="has a label"):
         run(nano, unlabelled)
+    write_manifest([Row(rows[0].path), Row(rows[1].path)], unlabelled)
+    with pytest.raises(EvaluationError, match="has no labels"):
+        run(nano, unlabelled)
+    alike = tmp_path / "alike.csv"
+    write_manifest([Row(rows[0].path, "brush_hair"), Row(rows[1].path, "BrushHair")], alike)
+    with pytest.raises(EvaluationError, match="both read 'brush hair'"):
+        run(nano, alike)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"protocol": "half"}, "Did you mean 'halves'"),
+        ({"protocol": "class-splits"}, "needs --class-splits"),
+        ({"protocol": "class-splits", "class_splits": ["gone.txt"]}, "gone.txt"),
+        ({"fusion": "mean"}, "expected one of feature"),
+        ({"templates": ["no place"]}, "must hold {} once"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_video_is_read(nano, digits, monkeypatch, wrong, said):
+    monkeypatch.setattr(
+        "img2vid.evaluation.zero_shot.extract", lambda *args, **kwargs: pytest.fail("read videos first")
+    )
+    with pytest.raises(ValueError, match=said):
+        run(nano, digits, **wrong)
+
+
+@pytest.mark.parametrize("task", ["zero_shot", "honesty", "retrieval"])
+def test_texts_that_fail_do_so_before_any_video_is_read(nano, motion, monkeypatch, task):
+    """A tokenizer that would have to be downloaded, say."""
+    import importlib
+
+    module = importlib.import_module(f"img2vid.evaluation.{task}")
+    monkeypatch.setattr(module, "extract", lambda *_, **__: pytest.fail("read videos first"))
+    nano.__dict__["tokenize"] = lambda texts: 1 / 0
+    lists = gather_lists([motion / "test.csv"])
+    with pytest.raises(ZeroDivisionError):
+        getattr(module, task)(nano, lists.videos if task == "retrieval" else lists, Views(4), compute=CPU)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--num-frames", "0"], "expected numbers above 0"),
+        (["--backend", "av"], "backend='av': expected one of auto, pyav"),
+        (["--device", "cuda:63"], "device='cuda:63' cannot be used"),
+        (["--device", "gpu"], "device='gpu' cannot be used"),
+        (["--out", "."], "--out . is a folder"),
+    ],
+)
+def test_options_that_cannot_be_meant(nano_folder, digits, tmp_path, capsys, option, said):
+    assert cli(["eval", "zero-shot", *arguments(nano_folder, digits, tmp_path, *option)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_result_that_could_not_be_written_is_said_first(nano_folder, digits, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("img2vid.checkpoints.native.load", lambda folder: pytest.fail("loaded a model first"))
+    out = ["--out", str(tmp_path / "file" / "result.json")]
+    assert cli(["eval", "zero-shot", *arguments(nano_folder, digits, tmp_path, *out)]) == 2
+    assert "file" in capsys.readouterr().err
 
 
 def arguments(nano_folder, digits, tmp_path, *more):
@@ -179,7 +243,7 @@ def test_command(nano_folder, nano, digits, tmp_path, capsys):
 
 def test_script_without_a_usable_video(nano_folder, tmp_path, monkeypatch, capsys):
     gone = tmp_path / "gone.csv"
-    write_manifest([Row(str(tmp_path / f"{i}.mp4"), "six") for i in range(3)], gone)
+    write_manifest([Row(str(tmp_path / f"{i}.mp4"), ("six", "two")[i % 2]) for i in range(3)], gone)
     monkeypatch.setattr(sys, "argv", ["zero_shot.py", *arguments(nano_folder, gone, tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / "eval" / "zero_shot.py"), run_name="__main__")

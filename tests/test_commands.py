@@ -1,0 +1,67 @@
+"""Every command explains itself at once, refuses what it does not know, and is completed by shells."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from img2vid.cli import COMMANDS
+from img2vid.cli import main as cli
+from tests.test_architecture import loaded_of
+
+
+def leaves(commands=COMMANDS, before=()):
+    for word, (module, _) in commands.items():
+        if isinstance(module, dict):
+            yield from leaves(module, (*before, word))
+        else:
+            yield (*before, word), module
+
+
+ALL = dict(leaves())
+
+
+def test_help_needs_nothing_heavy():
+    """What takes seconds to import is imported when the arguments are understood."""
+    made = "; ".join(f"importlib.import_module({module!r}).make_parser().format_help()" for module in ALL.values())
+    heavy = {"torch", "timm", "open_clip", "lightning", "av", "matplotlib", "sklearn", "transformers"}
+    assert loaded_of(heavy, f"import importlib; {made}") == set()
+
+
+@pytest.mark.parametrize("words", ALL, ids=" ".join)
+def test_help_says_what_the_command_is_called_and_does(words, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli([*words, "--help"])
+    printed = capsys.readouterr().out
+    assert left.value.code == 0
+    assert f"img2vid {' '.join(words)}" in printed
+    parser = importlib.import_module(ALL[words]).make_parser()
+    for action in parser._actions:
+        assert action.help or action.choices, f"{words} {action.option_strings or action.dest} has no help"
+
+
+def test_completion_knows_commands_and_options(tmp_path, capsys):
+    assert cli(["completion", "bash"]) == 0
+    script = tmp_path / "img2vid.bash"
+    script.write_text(capsys.readouterr().out)
+    ask = """source {0}
+COMP_WORDS=({1}); COMP_CWORD={2}; COMP_LINE="${{COMP_WORDS[*]}}"
+_shtab_img2vid "" "${{COMP_WORDS[COMP_CWORD]}}"; echo "${{COMPREPLY[@]}}"
+"""
+
+    def completed(*words):
+        code = ask.format(script, " ".join(words), len(words) - 1)
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return set(done.stdout.split())
+
+    assert {"convert", "certify"} <= completed("img2vid", "c")
+    assert completed("img2vid", "eval", "h") == {"honesty"}
+    assert "--num-frames" in completed("img2vid", "eval", "zero-shot", "--num")
+    assert "--prefix-mode" in completed("img2vid", "convert", "--pre")
+
+
+def test_the_commands_run_as_modules():
+    done = subprocess.run([sys.executable, "-m", "img2vid.demo", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "img2vid demo" in done.stdout
