@@ -208,6 +208,7 @@ def test_lavila_without_clip_has_the_plain_tower(tmp_path):
         return restated.linear(state, "image_projection.0", feature)
 
     torch.testing.assert_close(answers(model, clips), oracle(forward, clips), **CLOSE)
+    assert model.tower.preprocess.mean == (0.485, 0.456, 0.406)  # OpenAI's variants have statistics of their own
 
 
 def test_lavila_classifier(tmp_path):
