@@ -417,6 +417,7 @@ def test_a_converted_model_can_be_exported_and_differs_only_in_training(tmp_path
     notes = img2vid.export_checkpoint(model, tmp_path / "a.pyth", "timesformer")
     assert [note.split(":")[0] for note in notes] == [
         "quirk drop_path_before_gate",
+        "quirk nearest_positions",
         "stochastic depth in training",
         "other numbers of frames",
     ]
@@ -536,6 +537,9 @@ def test_quirks_that_a_tower_cannot_have_are_refused():
     with pytest.raises(ConfigError, match="norm that only attention over space reads"):
         block = timm.models.vision_transformer.ParallelScalingBlock
         img2vid.convert(small_vit(block_fn=block), quirks=["block_input_residual"])
+    for tower in (small_vit(reg_tokens=2), small_vit(no_embed_class=True), small_clip().visual):
+        with pytest.raises(ConfigError, match="a plain ViT's table of positions"):
+            img2vid.convert(tower, quirks=["nearest_positions"])
     with pytest.raises(ConfigError, match="needs all patches"):
         img2vid.convert(small_vit(patch_drop_rate=0.5), time_embed="per_patch")
 
@@ -585,6 +589,16 @@ def test_time_before_norm_pre_keeps_the_function_and_differs_when_open(clips):
         for model in (before, after):
             model.time_embed.copy_(torch.randn(model.time_embed.shape, generator=torch.Generator().manual_seed(2)))
         assert not torch.allclose(before(clips), after(clips), atol=1e-3)
+
+
+def test_nearest_positions_promise_nothing_at_another_size():
+    model = img2vid.convert(small_vit(dynamic_img_size=True), num_frames=2, quirks=["nearest_positions"])
+    own = img2vid.certify(model, small_vit(dynamic_img_size=True), num_frames=[1, 2])
+    assert own.ok and own.guarantee.strength["moving"] == "bitwise"
+    other = img2vid.certify(model, small_vit(dynamic_img_size=True), num_frames=[1, 2], image_size=(48, 48))
+    assert other.ok and not other.guarantee.strength
+    assert max(comparison.feature_difference for comparison in other.comparisons) > 1e-3
+    assert "none at another image size" in str(other)
 
 
 def test_crop_or_pad_takes_the_first_and_zeros():
