@@ -28,7 +28,7 @@ TIERS = [
     {"evidence", "tuning", "footprint"},
     {"liveness"},
     {"certificate", "movement", "checkpoints", "grafts"},
-    {"inspection", "convert", "interpolation", "evaluation", "export"},
+    {"inspection", "convert", "consolidate", "interpolation", "evaluation", "export"},
     {"averaging", "callbacks", "stopping", "estimate"},
     {"training"},
     {"fit"},

@@ -388,3 +388,23 @@ def test_rows_without_label_or_caption_are_refused(objective, gap):
     objective.setup(around(model))
     with pytest.raises(ObjectiveError, match="A video without"):
         objective(Step(model, batch(**gap)))
+
+
+def test_interpolated_weights_refuse_sharded_ones():
+    with pytest.raises(ObjectiveError, match="needs whole weights.*strategy ddp"):
+        InterpolatedWeights(Contrastive()).setup(Surroundings(text_model(), sharded=True))
+
+
+def test_a_text_tower_that_another_objective_trains_is_not_remembered():
+    model = text_model()
+    objective = Classification("text")  # does not train it itself
+    objective.setup(Surroundings(model, class_names=NAMES))
+    before = objective(Step(model, batch(3)))["classification_loss"]
+    with torch.no_grad():
+        model.text_projection.add_(0.5 * torch.randn_like(model.text_projection))
+    assert objective(Step(model, batch(3)))["classification_loss"] != before
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("visual."))
+    objective.setup(Surroundings(model, class_names=NAMES))
+    objective(Step(model, batch(3)))
+    assert "label" in objective.known  # one that stands still is embedded once
