@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -111,7 +112,7 @@ def measure_liveness(
             with torch.no_grad():
                 for parameter in gates:
                     grad = grads[parameter].float()  # norms of half precision gradients overflow
-                    parameter -= (step_size * grad / grad.norm().clamp_min(1e-12)).to(parameter.dtype)
+                    parameter.sub_((step_size * grad / grad.norm().clamp_min(1e-12)).to(parameter.dtype))
         stray = measure_stray(video, clips)  # here gates are open
 
     def both(parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
@@ -137,7 +138,7 @@ def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], cl
     """
     moved: dict[str, float] = {}
 
-    def look(path: str, attention: TemporalAttention, args: tuple, out: Tensor) -> None:
+    def look(path: str, attention: TemporalAttention, args: tuple[Any, ...], out: Tensor) -> None:
         x, num_frames, *rest = args  # (B*T, N, D)
         swapped = swap_others(x.unflatten(0, (-1, num_frames))).flatten(0, 1)
         moved[path] = largest((attention.forward(swapped, num_frames, *rest) - out)[::num_frames])
@@ -163,7 +164,7 @@ def measure_stray(video: VideoModel, clips: Tensor) -> dict[str, float]:
     """
     moved: dict[str, float] = {}
 
-    def look(path: str, block: SpaceTimeBlock, args: tuple) -> None:
+    def look(path: str, block: SpaceTimeBlock, args: tuple[Any, ...]) -> None:
         x = args[0]  # (B*T, P + N, D)
         position = (max(block.num_shared_tokens, block.num_clip_keys) + x.shape[1]) // 2
         elsewhere = torch.arange(x.shape[1], device=x.device) != position

@@ -38,11 +38,11 @@ from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
 from img2vid.weights import LoadReport
 
-# keys that a video model has beyond its image model, all below the image tower
+# keys that a video model has beyond its image model, all below the image tower; graft_* are a user's own
 COPIED_KEYS = r"(.*\.)?temporal_(norm1|attn)\..*"
-NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_weight|classifier\..*)"
+NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_weight|classifier\..*|graft_\w+(\..*)?)"
 # of the new ones, those that start at zero and keep the function while they stay there
-ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight)"
+ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight|graft_fc\..*)"
 
 
 class VideoModel(Overlay, Saving):

@@ -122,9 +122,9 @@ class TemporalAttention(nn.Module):
             gamma = 1.0 if spatial.layer_scale is None else spatial.layer_scale
             self.qkv.weight.copy_(spatial.qkv_weight)
             self.proj.weight.copy_((spatial.proj_weight.T * gamma).T)
-            if self.qkv.bias is not None:
+            if spatial.qkv_bias is not None:
                 self.qkv.bias.copy_(spatial.qkv_bias)
-            if self.proj.bias is not None:
+            if spatial.proj_bias is not None:
                 self.proj.bias.copy_(spatial.proj_bias * gamma)
             return
         for linear in (self.qkv, self.proj):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,7 +40,7 @@ class SpaceTimeBlock(InFront):
     drop_before_gate: bool
     seen_by_space: SeenBySpaceOnly | None  # None: what attention along time adds stays in the stream
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # x: (B*T, P + N, D)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # x: (B*T, P + N, D)
         residual = self.temporal_residual(x)
         if self.seen_by_space is None:
             # the image block, untouched: its class comes next (see InFront)
@@ -79,5 +80,5 @@ class SeenBySpaceOnly:
         finally:
             self.residual = None
 
-    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0] + self.residual, *args[1:])
