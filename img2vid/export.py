@@ -1,53 +1,43 @@
 """A model as a program that runs without img2vid: ONNX, torch.export, TorchScript; or its weights in one file.
 
-Two dimensions are dynamic, the batch and the number of frames: T goes through every layer as a number of its own (see
-``img2vid.temporal.clip``), so a program that was recorded at one T is right at others, T = 1 included. Height and width
-are fixed: at its own size a model takes its positions as they are and elsewhere it resamples them, which are two
-programs (and the antialiased resampling is not the same in every runtime).
-
-What is written is read back and run beside the model, on clips of other batch sizes and lengths than the one it was
+What is written is read back and run beside the model, on clips of other batch sizes and lengths than those it was
 recorded with, before it takes its place: a file that computes something else never gets there.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import platform
-import re
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from img2vid._version import __version__
-from img2vid.backbones.tower import classes_of
 from img2vid.checkpoints.exporting import umask_of, write_file
 from img2vid.checkpoints.native import describe_model, main_dtype, separate
 from img2vid.choices import PROGRAM_FORMATS
 from img2vid.config import one_of
-from img2vid.errors import Img2VidError
-from img2vid.model import VideoModel, VideoTextModel, first
-from img2vid.temporal.fusing import branches
+from img2vid.model import VideoModel, VideoTextModel
+from img2vid.programs import (
+    INSTEAD,
+    WRITERS,
+    ExportError,
+    Program,
+    Run,
+    describe,
+    is_fused,
+    last_line,
+    least_steps,
+    need_onnx,
+)
 
 # largest difference from eager, as a share of the largest output
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 CHECKED = [(1, 1), (2, 1), (1, 5), (3, 2), (2, 8)]  # clips and steps: frames, or tubelets where there are some
-ONNX = ("onnx", "onnxscript", "onnxruntime")  # the extra "export"
-METADATA = "img2vid.json"  # where torch.export and TorchScript keep what ONNX keeps in its metadata
-
-Run = Callable[[Tensor], Tensor]
-
-
-class ExportError(Img2VidError):
-    """A model that cannot be exported as asked, or a program that does not compute what the model computes."""
 
 
 @dataclass
@@ -61,57 +51,6 @@ class Export:
     @property
     def max_difference(self) -> float:
         return max(self.differences.values(), default=0.0)
-
-
-class Program(nn.Module):
-    """What is exported: one tensor in, one out, in the words of clips."""
-
-    def __init__(self, model: VideoModel | VideoTextModel, text: bool, pixels: bool) -> None:
-        super().__init__()
-        self.model, self.text, self.pixels = model, text, pixels
-        self.dtype = main_dtype(model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.text:
-            return first(self.model.encode_text(x))
-        if self.pixels:
-            x = self.model.normalize(x).to(self.dtype)
-        return self.model.encode_video(x) if isinstance(self.model, VideoTextModel) else first(self.model(x))
-
-    def names(self) -> tuple[str, str]:
-        given = "tokens" if self.text else "pixels" if self.pixels else "clips"
-        video = self.model
-        has_classes = isinstance(video, VideoModel) and (video.config.num_classes is not None or classes_of(video.base))
-        return given, "logits" if has_classes else "features"
-
-    def example(self, batch: int, steps: int) -> Tensor:
-        """Random input: clips (B, T, C, H, W), pixels of them as bytes, or token ids (B, L)."""
-        generator = torch.Generator().manual_seed(100 * batch + steps)
-        device = next(self.model.parameters()).device
-        if self.text:
-            shape = (batch, self.model.context_length)
-            return torch.randint(1, self.model.vocab_size, shape, generator=generator).to(device)
-        video = self.model.visual if isinstance(self.model, VideoTextModel) else self.model
-        shape = (batch, steps * video.config.tubelet_size, video.tower.in_channels, *video.tower.image_size)
-        if self.pixels:
-            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
-        return torch.randn(shape, generator=generator).to(device, self.dtype)
-
-    @property
-    def recorded_with(self) -> tuple[int, int]:
-        """Clips and steps: not 1, which is taken for a constant, nor the model's own T, where it need not resample."""
-        return (2, 3) if self.model.config.num_steps != 3 else (2, 4)
-
-    def dynamic(self) -> dict[int, Any]:
-        """The dimensions that are open."""
-        dim = torch.export.Dim
-        if self.text:
-            return {0: dim("batch", min=1)}
-        return {0: dim("batch", min=1), 1: self.tubelet_size * dim("steps", min=1)}
-
-    @property
-    def tubelet_size(self) -> int:
-        return self.model.config.tubelet_size
 
 
 def export_program(
@@ -146,11 +85,13 @@ def export_program(
     if format == "safetensors":
         return export_weights(model, path)
     program = Program(model, text, pixels).eval()
-    reset = nullcontext() if not fold or is_fused(model) else fused(model)
-    with torch.no_grad(), reset, writing(path) as temporary:
-        expected = {shape: program(program.example(*shape)) for shape in [program.recorded_with, *CHECKED]}
-        written = Export(path, metadata=describe(program, format))
-        run = WRITERS[format](program, temporary, written.metadata)
+    shapes = [program.recorded_with, *(shape for shape in CHECKED if shape[1] >= least_steps(program, format))]
+    folded = fused(model) if fold and not is_fused(model) else nullcontext()
+    with torch.no_grad(), writing(path) as temporary:
+        expected = {shape: program(program.example(*shape)) for shape in shapes}  # by the model as it is
+        with folded:
+            run = WRITERS[format](program, temporary, metadata := describe(program, format))
+        written = Export(path, metadata=metadata)
         compare(run, program, expected, written, format)
     return written
 
@@ -160,6 +101,8 @@ def check_request(model: nn.Module, path: Path, format: str, text: bool, pixels:
         raise ExportError("The model is in training mode, in which it drops at random; export model.eval().")
     if path.is_dir():
         raise ExportError(f"{path} is a folder; --format {format} writes one file. Give its name.")
+    if format == "torch-export" and path.suffix != ".pt2":
+        raise ExportError(f"torch.export.load reads files that end in .pt2; name it {path.with_suffix('.pt2')}.")
     if text and not isinstance(model, VideoTextModel):
         raise ExportError(f"This {type(model).__name__} has no text tower; leave out --text.")
     if text and (pixels or fold):
@@ -176,18 +119,6 @@ def check_request(model: nn.Module, path: Path, format: str, text: bool, pixels:
                 "onnxruntime computes no bfloat16 on the CPU, so such a file could not be checked. Export "
                 "model.float() (--dtype float32), or --format torch-export."
             )
-
-
-def need_onnx() -> None:
-    try:
-        for name in ONNX:
-            importlib.import_module(name)
-    except ImportError as error:
-        raise ExportError(f"--format onnx needs {error.name}. Run: pip install 'img2vid[export]'") from error
-
-
-def is_fused(model: nn.Module) -> bool:
-    return any(getattr(owner, "fused", None) is not None for owner, _, _ in branches(model))
 
 
 @contextmanager
@@ -214,77 +145,6 @@ def writing(path: Path) -> Iterator[Path]:
                 os.replace(os.path.join(home, name), path.parent / name)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror or error}.") from error
-
-
-# ---- writers: each returns how to run what it has written
-
-
-def write_onnx(program: Program, path: Path, metadata: dict[str, str]) -> Run:
-    import onnxruntime
-
-    exported, (given, answer) = recorded(program), program.names()
-    made = torch.onnx.export(exported, input_names=[given], output_names=[answer], verbose=False)
-    metadata["opset"] = str(made.model.opset_imports[""])
-    name_dimensions(made.model.graph, {0: "batch"} if program.text else {0: "batch", 1: "frames"})
-    made.model.metadata_props.update(metadata)
-    made.save(path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run([answer], {given: x.cpu().numpy()})[0])
-
-
-def name_dimensions(graph: Any, names: dict[int, str]) -> None:
-    """Call the open dimensions by what they are wherever they occur: the exporter has numbered them."""
-    import onnx_ir
-
-    shape = graph.inputs[0].shape
-    known = {
-        str(shape[axis].value): name for axis, name in names.items() if re.fullmatch(r"\w+", str(shape[axis].value))
-    }
-
-    def named(dim: Any) -> Any:
-        if isinstance(dim, int):
-            return dim
-        return onnx_ir.SymbolicDim(re.sub(r"\w+", lambda word: known.get(word[0], word[0]), str(dim.value)))
-
-    for value in [*graph.inputs, *(out for node in graph for out in node.outputs)]:
-        if value.shape is not None:
-            value.shape = onnx_ir.Shape([named(dim) for dim in value.shape])
-
-
-def write_torch_export(program: Program, path: Path, metadata: dict[str, str]) -> Run:
-    torch.export.save(recorded(program), path, extra_files={METADATA: json.dumps(metadata)})
-    return torch.export.load(path).module()
-
-
-def write_torchscript(program: Program, path: Path, metadata: dict[str, str]) -> Run:
-    try:
-        with warnings.catch_warnings():
-            # of values that may have become constants: whether they have is what ``compare`` finds out
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            traced = torch.jit.trace(program, program.example(*program.recorded_with), check_trace=False)
-        torch.jit.save(traced, path, _extra_files={METADATA: json.dumps(metadata)})
-    except RuntimeError as error:
-        raise ExportError(f"TorchScript cannot record this model ({last_line(error)}). {INSTEAD}") from error
-    return torch.jit.load(path, map_location=next(program.parameters()).device)
-
-
-INSTEAD = "Use --format onnx or torch-export, whose batch and frames are open."
-
-
-def recorded(program: Program) -> torch.export.ExportedProgram:
-    example = program.example(*program.recorded_with)
-    try:
-        return torch.export.export(program, (example,), dynamic_shapes=(program.dynamic(),), strict=False)
-    except (RuntimeError, ValueError) as error:
-        backbone = program.model.config.backbone or "this image model"
-        raise ExportError(
-            f"torch.export cannot record {backbone} with open batch and frames: {last_line(error)}"
-        ) from error
-
-
-WRITERS = {"onnx": write_onnx, "torch-export": write_torch_export, "torchscript": write_torchscript}
 
 
 def export_weights(model: VideoModel | VideoTextModel, path: Path) -> Export:
@@ -336,37 +196,3 @@ def compare(run: Run, program: Program, expected: dict, written: Export, format:
 
 def hint(format: str) -> str:
     return INSTEAD if format == "torchscript" else ""
-
-
-def last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
-
-
-def describe(program: Program, format: str) -> dict[str, str]:
-    """What a reader of the file needs to know, as texts."""
-    import timm
-
-    model = program.model
-    video = model.visual if isinstance(model, VideoTextModel) else model
-    pixels, (given, answer) = video.tower.preprocess, program.names()
-    versions = {"img2vid": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    if format == "onnx":
-        versions |= {name: importlib.import_module(name).__version__ for name in ONNX}
-    versions["python"] = platform.python_version()
-    facts = {
-        "input": given,
-        "output": answer,
-        "dynamic": "batch" if program.text else "batch, frames",
-        "config": json.dumps(video.config.to_dict()),
-        "mean": json.dumps(pixels.mean),
-        "std": json.dumps(pixels.std),
-        "interpolation": pixels.interpolation,
-        "num_frames": str(video.config.num_frames),
-        "tubelet_size": str(video.config.tubelet_size),
-        "folded": str(is_fused(model)).lower(),
-        "dtype": str(program.dtype).removeprefix("torch."),
-    }
-    if isinstance(model, VideoTextModel):
-        facts["logit_scale"] = repr(float(model.logit_scale.exp()))
-    return facts | {f"version.{name}": version for name, version in versions.items()}

@@ -28,6 +28,7 @@ TIERS = [
     {"evidence", "tuning", "footprint"},
     {"liveness"},
     {"certificate", "movement", "checkpoints", "grafts"},
+    {"programs"},
     {"inspection", "convert", "interpolation", "evaluation", "export"},
     {"averaging", "callbacks", "stopping", "estimate"},
     {"training"},

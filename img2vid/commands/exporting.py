@@ -28,8 +28,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--format",
         choices=EXPORT_FORMATS,
         required=True,
-        help="image, whose dialect to write, a program with open batch and frames (onnx, torch-export, torchscript), or "
-        "all weights in one file (safetensors)",
+        help="image, whose dialect to write, a program with open batch and frames (onnx, torch-export, torchscript), "
+        "or all weights in one file (safetensors)",
     )
     parser.add_argument("--out", metavar="FILE_OR_FOLDER", required=True, help="a folder for those of transformers")
     programs = parser.add_argument_group("programs", "onnx, torch-export, torchscript; --dtype also safetensors")
