@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from img2vid.backbones import describe
-from img2vid.backbones.any_size import take_any_size
+from img2vid.backbones.any_size import NearestPositions, take_any_size
 from img2vid.backbones.dropping import drop_once_per_clip
 from img2vid.backbones.tower import Backbone, ImageTower, classes_of, output_dim
 from img2vid.checkpoints.saving import Saving
@@ -111,6 +111,8 @@ class VideoModel(Overlay, Fusing, Saving):
         if checkpointing:
             self.set_grad_checkpointing()
         take_any_size(self.tower)
+        if "nearest_positions" in config.quirks:
+            put_in_front(image_model, NearestPositions)
         image_model.is_laid_under_video = True
 
     # ---- forward, from clips to features

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from img2vid.backbones.any_size import can_take_nearest
 from img2vid.backbones.dropping import PATCH_DROPOUTS, drop_path_rate
 from img2vid.backbones.reading import (
     attention_steps,
@@ -127,6 +128,11 @@ def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
     drops_patches = any(isinstance(m, PATCH_DROPOUTS) and m.prob > 0.0 for m in tower.module.modules())
     if config.time_embed == "per_patch" and (drops_patches or tower.patch_conv is None):
         raise ConfigError("time_embed='per_patch' needs all patches of a plain grid; use time_embed='zeros'.")
+    if "nearest_positions" in config.quirks and not can_take_nearest(tower):
+        raise ConfigError(
+            f"quirk 'nearest_positions' is about a plain ViT's table of positions with one class token, which "
+            f"{type(tower.module).__name__} here has not."
+        )
     if "time_before_norm_pre" in config.quirks and norm_pre(tower) is None:
         raise ConfigError(f"quirk 'time_before_norm_pre': {type(tower.module).__name__} has no norm before its blocks.")
     if "block_input_residual" in config.quirks and (kind.post_norm or kind.attn == "" or "attns" in kind.residuals):
