@@ -34,6 +34,7 @@ from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import resample_time_embed, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
+from img2vid.temporal.fusing import Fusing
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
 from img2vid.weights import LoadReport
@@ -45,7 +46,7 @@ NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_wei
 ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight|graft_fc\..*)"
 
 
-class VideoModel(Overlay, Saving):
+class VideoModel(Overlay, Fusing, Saving):
     """An image tower that takes clips.
 
     It is laid over the image model (``img2vid.overlay``): ``self.base`` is that model, and both have the same
@@ -258,7 +259,7 @@ class VideoModel(Overlay, Saving):
                 take_from_front(block)
 
 
-class VideoTextModel(Overlay, Saving):
+class VideoTextModel(Overlay, Fusing, Saving):
     """A two-tower image-text model whose image tower takes clips; the text tower is untouched.
 
     Whatever the wrapped class does with images it does with clips, in its own conventions: what ``forward`` returns

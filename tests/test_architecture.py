@@ -28,7 +28,12 @@ TIERS = [
     {"evidence", "tuning", "footprint"},
     {"liveness"},
     {"certificate", "movement", "checkpoints", "grafts"},
+<<<<<<< HEAD
+    {"programs"},
+    {"inspection", "convert", "interpolation", "evaluation", "export"},
+=======
     {"inspection", "convert", "consolidate", "interpolation", "evaluation", "export"},
+>>>>>>> main
     {"averaging", "callbacks", "stopping", "estimate"},
     {"training"},
     {"fit"},

@@ -7,7 +7,6 @@ You Need for Video Understanding?" (TimeSformer, arXiv:2102.05095).
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -141,19 +140,23 @@ class TemporalAttention(nn.Module):
         Args:
             num_clip_keys: leading tokens that are the clip's, which all positions also attend to: see ``with_prefix``.
         """
+        return self.proj(self.before_proj(x, num_frames, num_clip_keys))
+
+    def before_proj(self, x: Tensor, num_frames: int, num_clip_keys: int = 0) -> Tensor:
+        """All of ``forward`` but its last product: (B*T, S, D) -> (B*T, S, H * head_dim)."""
         if num_clip_keys:
             return self.with_prefix(x, num_frames, num_clip_keys)
         # norms and projections act on each token alone, so x itself never moves; only q, k, v are seen along T
         heads = {"t": num_frames, "qkv": 3, "h": self.num_heads}
         q, k, v = rearrange(self.qkv(x), "(b t) s (qkv h d) -> qkv b s h t d", **heads)
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, scale=self.scale)
-        return self.proj(self.inner_norm(rearrange(y, "b s h t d -> (b t) s (h d)")))
+        y = attend(self.q_norm(q), self.k_norm(k), v, self.scale)
+        return self.inner_norm(rearrange(y, "b s h t d -> (b t) s (h d)"))
 
     def with_prefix(self, x: Tensor, num_frames: int, num_prefix: int) -> Tensor:
         """The same where a clip's prefix tokens, kept as T equal copies, take part (Frozen in Time, arXiv:2104.00650).
 
-        Tokens (B*T, P + N, D) -> (B*T, P + N, D): patch n attends to the P prefix tokens and to patch n of all frames;
-        a prefix token attends to the prefix tokens and to all patches of all frames.
+        Tokens (B*T, P + N, D) -> (B*T, P + N, H * head_dim): patch n attends to the P prefix tokens and to patch n of
+        all frames; a prefix token attends to the prefix tokens and to all patches of all frames.
         """
         heads = {"t": num_frames, "qkv": 3, "h": self.num_heads}
         q, k, v = rearrange(self.qkv(x), "(b t) s (qkv h d) -> qkv b s h t d", **heads)  # s: prefix, then patches
@@ -168,15 +171,23 @@ class TemporalAttention(nn.Module):
             patches = rearrange(kv[:, num_prefix:], "b n h t d -> b h (n t) d")
             return torch.cat([kv[:, :num_prefix, :, 0].transpose(1, 2), patches], dim=2)
 
-        attend = functools.partial(F.scaled_dot_product_attention, scale=self.scale)
-        patches = attend(q[:, num_prefix:], with_clip_keys(k), with_clip_keys(v))  # (B, N, H, T, head_dim)
-        prefix = attend(q[:, :num_prefix, :, 0].transpose(1, 2), all_of_clip(k), all_of_clip(v))  # (B, H, P, head_dim)
+        patches = attend(q[:, num_prefix:], with_clip_keys(k), with_clip_keys(v), self.scale)  # (B, N, H, T, head_dim)
+        prefix = q[:, :num_prefix, :, 0].transpose(1, 2)  # (B, H, P, head_dim)
+        prefix = attend(prefix, all_of_clip(k), all_of_clip(v), self.scale)
         prefix = repeat(prefix, "b h p d -> b p h t d", t=num_frames)
-        y = rearrange(torch.cat([prefix, patches], dim=1), "b s h t d -> (b t) s (h d)")
-        return self.proj(self.inner_norm(y))
+        return self.inner_norm(rearrange(torch.cat([prefix, patches], dim=1), "b s h t d -> (b t) s (h d)"))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, scale={self.scale:.4g}"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of (..., H, T, head_dim), of as many leading dimensions as there are."""
+    if q.ndim == 4 or not torch.compiler.is_exporting():
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    # ONNX knows attention of 4 dimensions only; bringing q, k, v there copies them, which nothing else needs
+    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale=scale)
+    return y.unflatten(0, q.shape[:2])
 
 
 def fresh_copy(norm: nn.Module | None) -> nn.Module | None:

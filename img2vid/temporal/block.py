@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.infront import InFront
+from img2vid.temporal.unchanged import ShutGate
 
 
 class SpaceTimeBlock(InFront):
@@ -39,8 +40,12 @@ class SpaceTimeBlock(InFront):
     num_clip_keys: int  # prefix tokens that attention along time sees nevertheless (quirk prefix_in_time)
     drop_before_gate: bool
     seen_by_space: SeenBySpaceOnly | None  # None: what attention along time adds stays in the stream
+    fused: nn.Module | None  # temporal_fc and the attention's projection as one product (img2vid.temporal.fusing)
+    shut: ShutGate
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # x: (B*T, P + N, D)
+        if self.adds_nothing():
+            return super().forward(x, *args, **kwargs)
         residual = self.temporal_residual(x)
         if self.seen_by_space is None:
             # the image block, untouched: its class comes next (see InFront)
@@ -48,18 +53,31 @@ class SpaceTimeBlock(InFront):
         with self.seen_by_space.adding(residual):
             return super().forward(x, *args, **kwargs)
 
+    def adds_nothing(self) -> bool:
+        """Frozen at zero the branch adds +0.0 and is left out: all numbers compare equal (a -0.0 stays one)."""
+        if self.training and not isinstance(self.temporal_drop_path, nn.Identity):
+            return False  # it draws random numbers, and others come after it
+        return self.shut.shuts(self.temporal_fc, self.temporal_norm1, self.temporal_attn)
+
     def temporal_residual(self, x: Tensor) -> Tensor:
         y = x[:, self.num_shared_tokens :]
         frames = (self.clip.num_frames, self.num_clip_keys) if self.num_clip_keys else (self.clip.num_frames,)
-        if self.post_norm:
-            y = self.temporal_norm1(self.temporal_attn(y, *frames))
+        if self.fused is not None and self.fused.stands_in():
+            y = self.fused(self.temporal_attn.before_proj(self.temporal_norm1(y), *frames))
         else:
-            y = self.temporal_attn(self.temporal_norm1(y), *frames)
-        if self.drop_before_gate:
-            y = self.temporal_fc(self.temporal_drop_path(y))
-        else:  # differs from TimeSformer: a dropped branch adds nothing at all, not the gate's bias
-            y = self.temporal_drop_path(self.temporal_fc(y))
+            y = self.through_gate(self.attend_along_time(y, frames))
         return F.pad(y, (0, 0, self.num_shared_tokens, 0)).to(x.dtype)  # back to (B*T, P + N, D)
+
+    def attend_along_time(self, y: Tensor, frames: tuple[int, ...]) -> Tensor:
+        if self.post_norm:
+            return self.temporal_norm1(self.temporal_attn(y, *frames))
+        return self.temporal_attn(self.temporal_norm1(y), *frames)
+
+    def through_gate(self, y: Tensor) -> Tensor:
+        if self.drop_before_gate:
+            return self.temporal_fc(self.temporal_drop_path(y))
+        # differs from TimeSformer: a dropped branch adds nothing at all, not the gate's bias
+        return self.temporal_drop_path(self.temporal_fc(y))
 
 
 class SeenBySpaceOnly:

@@ -21,12 +21,16 @@ class TemporalEncoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
         self.fc2 = zero_linear(int(dim * mlp_ratio), dim)
+        self.register_module("fused", None)  # attn_fc after attn's projection, see img2vid.temporal.fusing
         for linear in (self.attn.qkv, self.attn.proj, self.fc1):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:  # (B*T, 1, D)
-        x = x + self.attn_fc(self.attn(self.norm1(x), num_frames))
+        if self.fused is not None and self.fused.stands_in():
+            x = x + self.fused(self.attn.before_proj(self.norm1(x), num_frames))
+        else:
+            x = x + self.attn_fc(self.attn(self.norm1(x), num_frames))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 

@@ -12,6 +12,7 @@ from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.dropping import ClipDropPath
 from img2vid.temporal.gates import make_gate
 from img2vid.temporal.infront import put_in_front
+from img2vid.temporal.unchanged import ShutGate
 
 
 def insert_temporal_attention(
@@ -52,6 +53,8 @@ def insert_temporal_attention(
     block.temporal_drop_path = ClipDropPath(drop_path, clip) if drop_path > 0.0 else nn.Identity()
     block.num_shared_tokens, block.post_norm = num_shared_tokens, spatial.post_norm
     block.num_clip_keys, block.drop_before_gate = num_clip_keys, drop_before_gate
+    block.register_module("fused", None)
+    block.shut = ShutGate()
     block.seen_by_space = None
     if seen_by is not None:
         block.seen_by_space = SeenBySpaceOnly()
