@@ -40,7 +40,8 @@ from img2vid.weights import LoadReport
 
 # keys that a video model has beyond its image model, all below the image tower
 COPIED_KEYS = r"(.*\.)?temporal_(norm1|attn)\..*"
-NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_weight|classifier\..*)"
+NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_weight)"
+CLASSIFIER_KEYS = r"classifier\..*"  # with num_classes; else an image model's own may be called that
 # of the new ones, those that start at zero and keep the function while they stay there
 ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight)"
 
@@ -52,8 +53,8 @@ class VideoModel(Overlay, Saving):
     parameters under the same names.
 
     Args:
-        image_model: a timm model, or the ``visual`` tower of an open_clip model. It is changed in place and shares its
-            parameters, under their own names, with the video model laid over it.
+        image_model: a timm model, an image model of transformers, or the ``visual`` tower of an open_clip model. It is
+            changed in place and shares its parameters, under their own names, with the video model laid over it.
         config: what to insert.
 
     Raises:
@@ -104,9 +105,10 @@ class VideoModel(Overlay, Saving):
             self.classifier = zero_linear(dim, config.num_classes, **on_device)
         self.train(image_model.training)
         # the libraries' own checkpointing would rerun blocks when T is no longer known, so ours takes over
-        checkpointing = [m for m in image_model.modules() if getattr(m, "grad_checkpointing", False) is True]
-        for module in checkpointing:
-            module.grad_checkpointing = False
+        names = ("grad_checkpointing", "gradient_checkpointing")  # the latter is transformers'
+        checkpointing = [(m, name) for m in image_model.modules() for name in names if getattr(m, name, False) is True]
+        for module, name in checkpointing:
+            setattr(module, name, False)
         if checkpointing:
             self.set_grad_checkpointing()
         take_any_size(self.tower)
@@ -136,7 +138,7 @@ class VideoModel(Overlay, Saving):
         steps = self.tubelets(clips)  # (B, T, C, H, W); T counts tubelets from here on
         num_steps = steps.shape[1]
         with self.clip.of(num_steps):
-            features = self.base(rearrange(steps, "b t c h w -> (b t) c h w"))  # (B*T, D)
+            features = self.tower.call(self.base, rearrange(steps, "b t c h w -> (b t) c h w"))  # (B*T, D)
         features = over(lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_steps), features)
         if self.config.attention == "factorised_encoder":
             features = self.encode_time(features)
@@ -185,11 +187,16 @@ class VideoModel(Overlay, Saving):
 
     def origin(self, name: str) -> str:
         """Where a parameter comes from: ``pretrained`` (the image model), ``copied`` from it, or ``new``."""
-        if re.fullmatch(NEW_KEYS, name):
+        if any(re.fullmatch(pattern, name) for pattern in self.new_keys):
             return "new"
         if re.fullmatch(COPIED_KEYS, name):
             return "copied" if self.config.temporal_init == "copy" else "new"
         return "pretrained"
+
+    @property
+    def new_keys(self) -> list[str]:
+        """Regular expressions of the keys of what comes from nowhere in the image model."""
+        return [NEW_KEYS] if self.config.num_classes is None else [NEW_KEYS, CLASSIFIER_KEYS]
 
     def zero_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that start at zero and keep the image model's function while they are zero."""
@@ -223,7 +230,7 @@ class VideoModel(Overlay, Saving):
         Raises:
             WeightsError: keys that do not fit; or copies to be refreshed that training has put to use.
         """
-        return load_image_weights(self, self, state, refresh_copies, time_keys=[NEW_KEYS, COPIED_KEYS])
+        return load_image_weights(self, self, state, refresh_copies, time_keys=[*self.new_keys, COPIED_KEYS])
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freeze the image tower as open_clip does, all but its last groups; what is about time stays trainable."""
@@ -263,7 +270,8 @@ class VideoTextModel(Overlay, Saving):
     (``output_dict``), whether features are normalised, ``lock_image_tower``, ``set_grad_checkpointing``, ``generate``.
 
     Args:
-        image_text_model: an open_clip CLIP, CustomTextCLIP or CoCa; changed in place.
+        image_text_model: an open_clip CLIP, CustomTextCLIP or CoCa, or a model with text of transformers, with what
+            ``wrap_module`` puts in front of it; changed in place.
         config: what to insert in the image tower.
     """
 
@@ -271,7 +279,11 @@ class VideoTextModel(Overlay, Saving):
 
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(image_text_model, config=config)
-        image_text_model.visual = VideoModel(image_text_model.visual, config)
+        video = VideoModel(image_text_model.visual, config)
+        if hasattr(image_text_model, "put_tower"):  # transformers, which calls it vision_model
+            image_text_model.put_tower(video)
+        else:
+            image_text_model.visual = video
 
     def encode_video(self, clips: Tensor, normalize: bool | None = None) -> Tensor:
         """Clips (B, T, C, H, W) -> features (B, D) in the space of the text features.
@@ -281,8 +293,20 @@ class VideoTextModel(Overlay, Saving):
         """
         if normalize is None:
             normalize = inspect.signature(self.base.encode_image).parameters["normalize"].default
-        features = first(self.visual(clips))
+        if hasattr(self.base, "to_text_space"):
+            features = self.visual.pool(self.to_text_space(first(self.visual.frame_features(clips))))
+        else:
+            features = first(self.visual(clips))
         return nn.functional.normalize(features, dim=-1) if normalize else features
+
+    def to_text_space(self, frame_features: Tensor) -> Tensor:
+        """What the image tower says of frames (B, T, D) -> the same where texts are.
+
+        In open_clip that is one place; in transformers a projection lies between them, outside of the image tower.
+        """
+        if not hasattr(self.base, "to_text_space"):
+            return frame_features
+        return self.base.to_text_space(frame_features.flatten(0, 1)).unflatten(0, frame_features.shape[:2])
 
     def encode_image(self, images: Tensor, normalize: bool | None = None) -> Tensor:
         """Images (B, C, H, W) -> features (B, D); an image is a clip of one frame, or of one tubelet of equal ones."""
@@ -291,6 +315,8 @@ class VideoTextModel(Overlay, Saving):
 
     def encode_text(self, text: Tensor, normalize: bool | None = None) -> Tensor:
         """Token ids (B, L) -> features (B, D), by the untouched text tower; ``normalize`` as in ``encode_video``."""
+        if not hasattr(self.base, "encode_text"):
+            raise BackboneError(f"{own_class(self.base).__name__} has no features of texts; it writes captions.")
         return self.base.encode_text(text) if normalize is None else self.base.encode_text(text, normalize=normalize)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -316,13 +342,21 @@ class VideoTextModel(Overlay, Saving):
 
     def load_image_weights(self, state: Mapping[str, Tensor], refresh_copies: bool = True) -> LoadReport:
         """Load an image-text checkpoint, both towers; as ``VideoModel.load_image_weights``."""
-        return load_image_weights(self, self.visual, state, refresh_copies, time_keys=[NEW_KEYS, COPIED_KEYS])
+        return load_image_weights(
+            self, self.visual, state, refresh_copies, time_keys=[*self.visual.new_keys, COPIED_KEYS]
+        )
 
     def zero_parameters(self) -> dict[str, nn.Parameter]:
-        return {f"visual.{name}": parameter for name, parameter in self.visual.zero_parameters().items()}
+        zero = self.visual.zero_parameters()
+        return {f"{self.tower_prefix}{name}": parameter for name, parameter in zero.items()}
 
     def gates_closed(self) -> AbstractContextManager[None]:
         return self.visual.gates_closed()
+
+    @property
+    def tower_prefix(self) -> str:
+        """What the keys of the image tower begin with: ``visual.``, in transformers ``vision_model.``."""
+        return next(f"{name}." for name, child in self.named_children() if child is self.visual)
 
 
 def build_model(backbone: Backbone, config: VideoConfig) -> VideoModel | VideoTextModel:

@@ -58,10 +58,10 @@ ALIASES: dict[str, str] = {
     "coca_l14": "open_clip:coca_ViT-L-14/laion2b_s13b_b90k",
 }
 
-LIBRARIES = ("timm", "open_clip")
+LIBRARIES = ("timm", "open_clip", "hf")
 EXPECTED = (
     "Expected an alias (python -m img2vid.convert --list), timm:NAME[.TAG], open_clip:ARCH[/TAG], "
-    "open_clip:local-dir:FOLDER, or nano_clip."
+    "open_clip:local-dir:FOLDER, hf:NAME, hf:FOLDER, or nano_clip."
 )
 SCHEMES = ("local-dir:", "hf-hub:")  # what open_clip calls a folder or a repository that describes its own model
 
@@ -70,6 +70,7 @@ SCHEMES = ("local-dir:", "hf-hub:")  # what open_clip calls a folder or a reposi
 class BackboneName:
     """``library:architecture`` and the tag of its pretrained weights, None for the library's default or for none.
 
+    Of transformers (``hf``) it is a repository or an absolute folder, without a tag.
     An open_clip architecture may also be ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``, with weights of its own.
     """
 
@@ -106,6 +107,10 @@ def parse_name(name: str) -> BackboneName:
     library, colon, rest = full.partition(":")
     if not colon or library not in LIBRARIES or not rest:
         raise BackboneError(f"Unknown backbone {shown(name)}.{what_it_is(full)} {EXPECTED}")
+    if library == "hf":  # transformers' own rule: what is a folder here is not looked for on the hub
+        path = os.path.expanduser(rest)
+        is_path = os.path.isdir(path) or rest.startswith((".", "/", "~"))
+        return BackboneName(library, os.path.abspath(path) if is_path else rest)
     scheme = next((scheme for scheme in SCHEMES if rest.replace("_", "-").startswith(scheme)), None)
     if scheme and library == "timm":
         raise BackboneError(
@@ -133,6 +138,8 @@ def what_it_is(name: str) -> str:
         )
     if os.path.isfile(os.path.join(name, "open_clip_config.json")):
         return f" It is a folder of open_clip: --backbone open_clip:local-dir:{name}."
+    if os.path.isfile(os.path.join(name, "config.json")):
+        return f" If it is a folder of transformers: --backbone hf:{name}."
     if os.path.isdir(name):
         return " It is a folder, and holds no model."
     if os.path.isfile(name):
