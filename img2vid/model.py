@@ -129,8 +129,15 @@ class VideoModel(Overlay, Saving):
         return self.pool(self.frame_features(clips))
 
     def pool(self, frame_features: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """One feature per frame (B, T, D) -> one per clip (B, D)."""
-        return over(lambda x: x.mean(dim=1), frame_features)
+        """One feature per frame (B, T, D) -> one per clip (B, D).
+
+        Further tensors are tokens for a text decoder (B, T, N, D) -> (B, N, D). They are averaged around the first
+        frame: T equal rows average to themselves exactly, so a static clip has its image's caption.
+        """
+        if not isinstance(frame_features, tuple):
+            return frame_features.mean(dim=1)
+        feature, *tokens = frame_features
+        return (feature.mean(dim=1), *(x[:, 0] + (x - x[:, :1]).mean(dim=1) for x in tokens))
 
     def frame_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Clips (B, T, C, H, W) -> one feature per frame, or per tubelet (B, T, D), already informed by all frames."""

@@ -28,7 +28,7 @@ TIERS = [
     {"evidence", "tuning", "footprint"},
     {"liveness"},
     {"certificate", "movement", "checkpoints", "grafts"},
-    {"inspection", "convert", "interpolation", "evaluation", "export"},
+    {"inspection", "convert", "interpolation", "evaluation", "export", "captioning"},
     {"averaging", "callbacks", "stopping", "estimate"},
     {"training"},
     {"fit"},
