@@ -104,6 +104,13 @@ def check_captioner(model: Any) -> None:
     raise CaptionError(f"{what} has no text decoder, so it writes no captions. Those that do: {SUPPORTED}.")
 
 
+def check_length(model: VideoTextModel, decoding: Decoding) -> None:
+    if decoding.max_tokens > model.context_length:
+        raise CaptionError(
+            f"max_tokens={decoding.max_tokens}: this decoder takes texts of up to {model.context_length} tokens."
+        )
+
+
 def is_blip(model: VideoTextModel) -> bool:
     return own_class(model.base).__name__ == "BlipForConditionalGeneration"
 
@@ -152,6 +159,12 @@ def frames_of(video: str, model: VideoTextModel, num_frames: int) -> Tensor:
 
 def blip_tokens(model: VideoTextModel, clips: Tensor, decoding: Decoding, prompt: Tensor | None = None) -> Tensor:
     """Clips (B, T, C, H, W) -> token ids (B, L), by transformers' own ``generate``."""
+    check_captioner(model)
+    check_length(model, decoding)
+    if prompt is not None and prompt.shape[1] > decoding.max_tokens:
+        raise CaptionError(
+            f"The prompt of {prompt.shape[1]} tokens leaves no room in max_tokens={decoding.max_tokens}."
+        )
     return model.base.generate(
         pixel_values=clips,
         input_ids=prompt,
@@ -167,12 +180,10 @@ def coca_tokens(
     model: VideoTextModel, clips: Tensor, special: Special, decoding: Decoding, prompt: Sequence[int] = ()
 ) -> Tensor:
     """Clips (B, T, C, H, W) -> token ids (B, L), from the first token on, filled up behind the last one."""
-    length = model.context_length
-    if decoding.max_tokens > length:
-        raise CaptionError(f"max_tokens={decoding.max_tokens}: this decoder takes texts of up to {length} tokens.")
+    check_captioner(model)
+    check_length(model, decoding)
     if len(prompt) + 2 > decoding.max_tokens:
         raise CaptionError(f"The prompt of {len(prompt)} tokens leaves no room in max_tokens={decoding.max_tokens}.")
-    check_captioner(model)
     feature, image_tokens = model.visual(clips)  # (B, D), (B, N, D): as of one image
     num_clips, num_beams = len(clips), decoding.num_beams
     feature, image_tokens = (x.repeat_interleave(num_beams, dim=0) for x in (feature, image_tokens))

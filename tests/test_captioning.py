@@ -186,7 +186,9 @@ def coca_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("coca")
     source = folder / "source"
     source.mkdir()
-    (source / "open_clip_config.json").write_text(json.dumps({"model_cfg": COCA, "preprocess_cfg": {}}))
+    (source / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {**COCA, "custom_text": True}, "preprocess_cfg": {}})
+    )
     torch.save(small_coca().state_dict(), source / "open_clip_pytorch_model.bin")
     img2vid.convert(f"open_clip:local-dir:{source}", num_frames=4).save_pretrained(folder / "video")
     write_frames(folder / "still")
@@ -228,15 +230,16 @@ def test_the_command_with_blip(blip_folder, capsys):
     still, folder = str(blip_folder / "still"), str(blip_folder / "video")
     picture = frames_of(still, img2vid.load(folder), 1)
     blip = make("BlipForConditionalGeneration")
-    tokens = blip.generate(pixel_values=picture, max_length=30, min_length=5, do_sample=False)[0].tolist()
+    tokens = blip.generate(pixel_values=picture, max_length=12, min_length=5, do_sample=False)[0].tolist()
     expected = " ".join(WORDS[token] for token in tokens if not WORDS[token].startswith("["))
     assert expected
-    assert cli(["caption", "--model", folder, "--video", still]) == 0
+    ask = ["caption", "--model", folder, "--video", still, "--max-tokens", "12"]
+    assert cli([*ask]) == 0
     assert capsys.readouterr().out == f"{still}: {expected}\n"
-    assert cli(["caption", "--model", folder, "--video", still, "--prompt", "word7 word8"]) == 0
+    assert cli([*ask, "--prompt", "word7 word8"]) == 0
     assert capsys.readouterr().out.startswith(f"{still}: word7 word8")
     source = blip_folder / "source"
-    assert cli(["caption", "--model", folder, "--video", still, "--tokenizer", str(source)]) == 0
+    assert cli([*ask, "--tokenizer", str(source)]) == 0
     capsys.readouterr()
 
 
@@ -261,6 +264,7 @@ def test_bad_input_is_one_clear_error(coca_folder, blip_folder, tmp_path, capsys
         (["--model", video, "--video", still, "--tokenizer", "x", "--max-tokens", "9"], "none can be given"),
         (["--model", blip, "--video", still, "--tokenizer", str(tmp_path / "vit")], "tokenizer"),
         (["--model", blip, "--video", still, "--tokenizer", "./nowhere"], "nowhere"),
+        (["--model", blip, "--video", still], "max_tokens=30: this decoder takes texts of up to 16 tokens"),
     ):
         assert cli(["caption", *arguments]) == 2, arguments
         error = capsys.readouterr().err
