@@ -42,8 +42,9 @@ read_test_clips = cache(read_clips)
 
 
 def cells() -> list[dict[str, str]]:
-    """What each cell asks of the video model; the control comes last."""
-    return [dict(zip(FACTORS, values, strict=True)) for values in product(*FACTORS.values())] + [CONTROL]
+    """What each cell asks of the video model, one prefix_mode after the other; the control comes last."""
+    found = [dict(zip(FACTORS, values, strict=True)) for values in product(*FACTORS.values())]
+    return sorted(found, key=lambda cell: FACTORS["prefix_mode"].index(cell["prefix_mode"])) + [CONTROL]
 
 
 def name_of(cell: dict[str, str]) -> str:
@@ -77,24 +78,31 @@ def train(cell: dict[str, str], motion_set: Path, config: Path, folder: Path, sh
     return folder / "version_0"
 
 
-def logged(metrics: Path) -> tuple[dict[int, float], float | None]:
-    """From the CSV log: validation accuracy by the number of steps taken, and what the temporal branches add.
+def logged(metrics: Path) -> dict[str, Any]:
+    """From the CSV log, by the number of steps taken: validation accuracy, training loss, and the branches.
 
-    The latter is the norm of a branch's output over that of the stream, the mean over blocks, when last looked at.
+    ``branch`` is the norm of what a temporal branch adds over that of the stream, the mean over blocks.
     """
     with metrics.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    learned = {int(row["step"]) + 1: float(row["val/accuracy"]) for row in rows if row.get("val/accuracy")}
-    ratios = [[float(row[key]) for key in row if key.startswith("branch/") and row[key]] for row in rows]
-    ratios = [of_blocks for of_blocks in ratios if of_blocks]
-    return learned, sum(ratios[-1]) / len(ratios[-1]) if ratios else None
+        rows = [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+
+    def by_step(*starts: str) -> dict[int, float]:
+        found = {}
+        for row in rows:
+            values = [value for name, value in row.items() if name.startswith(starts)]
+            if values:
+                found[int(row["step"]) + 1] = sum(values) / len(values)
+        return found
+
+    curves = {"validation": "val/accuracy", "loss": "train/classification_loss", "branch": "branch/"}
+    return {name: by_step(start) for name, start in curves.items()}
 
 
 def run_cell(cell: dict[str, str], motion_set: Path, config: Path, out: Path, shared: dict[str, Any]) -> dict[str, Any]:
     began = time.process_time()
     logs = train(cell, motion_set, config, out / "training", shared)
     seconds = time.process_time() - began
-    learned, branch = logged(logs / "metrics.csv")
+    curves = logged(logs / "metrics.csv")
     model = img2vid.load(logs / "model")
     clips = read_test_clips(motion_set, model.config.num_frames, model.visual.tower.image_size[0])
     clips = [part[: shared["videos"]] for part in clips]  # scene by scene, so all classes are there equally often
@@ -104,9 +112,8 @@ def run_cell(cell: dict[str, str], motion_set: Path, config: Path, out: Path, sh
         "settings": shared,
         START: measure(before, *clips),
         "at the end": measure(model, *clips),
-        "steps_to_half": min((step for step, share in learned.items() if share >= WANTED), default=None),
-        "validation": learned,
-        "branch": branch,
+        "steps_to_half": min((step for step, share in curves["validation"].items() if share >= WANTED), default=None),
+        **curves,
         "cpu_seconds": round(seconds, 1),
     }
     shutil.rmtree(out / "training")
@@ -130,10 +137,16 @@ def finished(path: Path, shared: dict[str, Any]) -> dict[str, Any] | None:
     return found
 
 
+def last(curve: dict[Any, float], count: int = 3) -> float:
+    """Mean of the last values of a curve: a loss is that of one batch."""
+    values = list(curve.values())[-count:]
+    return sum(values) / len(values)
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown, one row per cell, in the order of the factors."""
     columns = ["temporal_init", "gate", "prefix_mode", "motion, digit at step 0", "steps to 50 %"]
-    columns += ["motion", "digit", "still", "backwards", "shuffled", "branch / stream"]
+    columns += ["motion", "digit", "still", "backwards", "shuffled", "loss", "branch / stream"]
     lines = [columns, ["---"] * len(columns)]
     for found in results:
         start, end, cell = found[START], found["at the end"], found["cell"]
@@ -144,7 +157,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 f"{start['motion']:.1%}, {start['digit']:.1%}",
                 str(found["steps_to_half"] or "not reached"),
                 *(f"{end[key]:.1%}" for key in ("motion", "digit", "still", "opposite", "shuffled")),
-                "-" if found["branch"] is None else f"{found['branch']:.2f}",
+                *(f"{last(found[key]):.2f}" if found[key] else "-" for key in ("loss", "branch")),
             ]
         )
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

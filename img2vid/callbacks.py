@@ -111,7 +111,7 @@ class WatchTime(pl.Callback):
 
     ``gate/blocks.3``: norm of the gate's weights (of tanh of a scalar gate). ``branch/blocks.3``: norm of the branch's
     output over the norm of the stream it is added to, on the current batch. Every ``every`` steps; None for the
-    trainer's ``log_every_n_steps``.
+    trainer's ``log_every_n_steps``. Compiled blocks run uncompiled in these steps, as they do not hear of new hooks.
     """
 
     def __init__(self, every: int | None = None) -> None:
@@ -135,6 +135,9 @@ class WatchTime(pl.Callback):
                 ),
             ]
 
+        if self.hooks:
+            torch.compiler.set_stance("force_eager")
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -148,6 +151,8 @@ class WatchTime(pl.Callback):
         self.remove()
 
     def remove(self) -> None:
+        if self.hooks:
+            torch.compiler.set_stance("default")
         for hook in self.hooks:
             hook.remove()
         self.hooks = []

@@ -157,7 +157,8 @@ def certify(
     check_reference(video, image)
     generator = torch.Generator().manual_seed(seed)
     zero_parameters = video.zero_parameters()
-    guarantee = Guarantee.of(video.config, video.tower.num_prefix_tokens)
+    at_own_size = image_size is None or tuple(image_size) == tuple(video.tower.image_size)
+    guarantee = Guarantee.of(video.config, video.tower.num_prefix_tokens, at_own_size)
     frames = sorted(set(num_frames or (1, 2, 3, video.config.num_steps)))
     with in_eval_mode(model, reference):
         with torch.no_grad(), video.gates_closed():

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple] = {
     ),
     "interpolate": ("img2vid.commands.interpolate", "go back towards the image model, or average models"),
     "train": ("img2vid.commands.train", "continue pretraining on video (fit, validate or test; fit if none is named)"),
+    "consolidate": ("img2vid.commands.consolidate", "write the model inside a training checkpoint as a folder"),
     "estimate": ("img2vid.commands.estimate", "what training will cost: parameters, FLOPs, memory, GPU-hours"),
     "data": (
         {

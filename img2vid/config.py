@@ -38,6 +38,7 @@ QUIRKS = {
     "time_before_norm_pre": "time_embed is added before the norm in front of the blocks (LaViLa)",
     "drop_path_before_gate": "stochastic depth comes before temporal_fc, whose bias stays (TimeSformer)",
     "no_temporal_drop_path": "no stochastic depth along time (Frozen in Time, LaViLa)",
+    "nearest_positions": "images of another size take the nearest patch's position, not bicubic ones (TimeSformer)",
     "mean_before_norm": "frames are averaged as tokens before the final norm, not as features after it "
     "(TimeSformer's space_only)",
 }

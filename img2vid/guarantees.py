@@ -17,8 +17,14 @@ class Guarantee:
     strength: dict[str, str] = field(default_factory=dict)  # kind of clip: "bitwise" | "close"
 
     @classmethod
-    def of(cls, config: VideoConfig, num_prefix_tokens: int) -> Guarantee:
-        """What ``config`` promises on a backbone with that many prefix tokens inside its blocks."""
+    def of(cls, config: VideoConfig, num_prefix_tokens: int, at_own_size: bool = True) -> Guarantee:
+        """What ``config`` promises on a backbone with that many prefix tokens inside its blocks.
+
+        Args:
+            at_own_size: whether clips are of the size (height, width) that the backbone was built for.
+        """
+        if "nearest_positions" in config.quirks and not at_own_size:
+            return cls("none at another image size: positions are the nearest patches', not the image model's")
         attention, prefix = config.attention, config.prefix_mode if num_prefix_tokens else "per_frame"
         if attention == "divided_space_time" and config.gate == "none" and config.temporal_init != "zeros":
             return cls("none: the temporal branch has no gate")

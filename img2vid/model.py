@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,13 +19,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from img2vid.backbones import describe
-from img2vid.backbones.any_size import take_any_size
+from img2vid.backbones.any_size import NearestPositions, take_any_size
 from img2vid.backbones.dropping import drop_once_per_clip
 from img2vid.backbones.tower import Backbone, ImageTower, classes_of, output_dim
 from img2vid.checkpoints.saving import Saving
 from img2vid.clips import check_clips, check_images, check_pixels
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError
+from img2vid.origins import COPIED_KEYS, new_keys, origin_of, zero_names
 from img2vid.overlay import Overlay
 from img2vid.reloading import load_image_weights
 from img2vid.surgery import insert_time, num_shared_tokens
@@ -36,14 +36,8 @@ from img2vid.temporal.embeddings import resample_time_embed, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
+from img2vid.temporal.pooling import first, mean_over_frames, over
 from img2vid.weights import LoadReport
-
-# keys that a video model has beyond its image model, all below the image tower
-COPIED_KEYS = r"(.*\.)?temporal_(norm1|attn)\..*"
-NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_weight)"
-CLASSIFIER_KEYS = r"classifier\..*"  # with num_classes; else an image model's own may be called that
-# of the new ones, those that start at zero and keep the function while they stay there
-ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight)"
 
 
 class VideoModel(Overlay, Saving):
@@ -112,6 +106,8 @@ class VideoModel(Overlay, Saving):
         if checkpointing:
             self.set_grad_checkpointing()
         take_any_size(self.tower)
+        if "nearest_positions" in config.quirks:
+            put_in_front(image_model, NearestPositions)
         image_model.is_laid_under_video = True
 
     # ---- forward, from clips to features
@@ -129,15 +125,8 @@ class VideoModel(Overlay, Saving):
         return self.pool(self.frame_features(clips))
 
     def pool(self, frame_features: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """One feature per frame (B, T, D) -> one per clip (B, D).
-
-        Further tensors are tokens for a text decoder (B, T, N, D) -> (B, N, D). They are averaged around the first
-        frame: T equal rows average to themselves exactly, so a static clip has its image's caption.
-        """
-        if not isinstance(frame_features, tuple):
-            return frame_features.mean(dim=1)
-        feature, *tokens = frame_features
-        return (feature.mean(dim=1), *(x[:, 0] + (x - x[:, :1]).mean(dim=1) for x in tokens))
+        """One feature per frame (B, T, D) -> one per clip (B, D)."""
+        return mean_over_frames(frame_features)
 
     def frame_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Clips (B, T, C, H, W) -> one feature per frame, or per tubelet (B, T, D), already informed by all frames."""
@@ -194,23 +183,12 @@ class VideoModel(Overlay, Saving):
 
     def origin(self, name: str) -> str:
         """Where a parameter comes from: ``pretrained`` (the image model), ``copied`` from it, or ``new``."""
-        if any(re.fullmatch(pattern, name) for pattern in self.new_keys):
-            return "new"
-        if re.fullmatch(COPIED_KEYS, name):
-            return "copied" if self.config.temporal_init == "copy" else "new"
-        return "pretrained"
-
-    @property
-    def new_keys(self) -> list[str]:
-        """Regular expressions of the keys of what comes from nowhere in the image model."""
-        return [NEW_KEYS] if self.config.num_classes is None else [NEW_KEYS, CLASSIFIER_KEYS]
+        return origin_of(name, self.config)
 
     def zero_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that start at zero and keep the image model's function while they are zero."""
-        zero = {name: p for name, p in self.named_parameters() if re.fullmatch(ZERO_KEYS, name)}
-        if self.config.tubelet_init == "average":  # starts as copies of the image weights instead
-            zero = {name: p for name, p in zero.items() if not name.endswith("tubelet_weight")}
-        return zero
+        parameters = dict(self.named_parameters())
+        return {name: parameters[name] for name in zero_names(parameters, self.config)}
 
     @contextmanager
     def gates_closed(self) -> Iterator[None]:
@@ -237,7 +215,7 @@ class VideoModel(Overlay, Saving):
         Raises:
             WeightsError: keys that do not fit; or copies to be refreshed that training has put to use.
         """
-        return load_image_weights(self, self, state, refresh_copies, time_keys=[*self.new_keys, COPIED_KEYS])
+        return load_image_weights(self, self, state, refresh_copies, time_keys=[*new_keys(self.config), COPIED_KEYS])
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freeze the image tower as open_clip does, all but its last groups; what is about time stays trainable."""
@@ -349,9 +327,8 @@ class VideoTextModel(Overlay, Saving):
 
     def load_image_weights(self, state: Mapping[str, Tensor], refresh_copies: bool = True) -> LoadReport:
         """Load an image-text checkpoint, both towers; as ``VideoModel.load_image_weights``."""
-        return load_image_weights(
-            self, self.visual, state, refresh_copies, time_keys=[*self.visual.new_keys, COPIED_KEYS]
-        )
+        time_keys = [*new_keys(self.config), COPIED_KEYS]
+        return load_image_weights(self, self.visual, state, refresh_copies, time_keys=time_keys)
 
     def zero_parameters(self) -> dict[str, nn.Parameter]:
         zero = self.visual.zero_parameters()
@@ -372,13 +349,3 @@ def build_model(backbone: Backbone, config: VideoConfig) -> VideoModel | VideoTe
     model = VideoTextModel(backbone.model, config) if with_text else VideoModel(backbone.tower.module, config)
     (model.visual if isinstance(model, VideoTextModel) else model).image_weights = backbone.pretrained or "random"
     return model
-
-
-def first(features: Any) -> Tensor:
-    """The feature itself: most towers return it alone, some in front of others (CoCa: pooled, tokens)."""
-    return features[0] if isinstance(features, tuple) else features
-
-
-def over(fn: Callable[[Tensor], Tensor], features: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    """``fn`` of every tensor a tower returns, so that a tuple stays a tuple."""
-    return tuple(map(fn, features)) if isinstance(features, tuple) else fn(features)

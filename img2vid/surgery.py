@@ -7,15 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from img2vid.backbones.any_size import can_take_nearest
 from img2vid.backbones.dropping import PATCH_DROPOUTS, drop_path_rate
-from img2vid.backbones.reading import (
-    attention_steps,
-    block_kind,
-    child,
-    has_steps,
-    read_block,
-    residual_modules,
-)
+from img2vid.backbones.reading import block_kind, child, read_block, residual_modules
+from img2vid.backbones.steps import attention_steps, has_steps
 from img2vid.backbones.tower import ImageTower
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.temporal.clip import ClipContext
@@ -127,6 +122,11 @@ def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
     drops_patches = any(isinstance(m, PATCH_DROPOUTS) and m.prob > 0.0 for m in tower.module.modules())
     if config.time_embed == "per_patch" and (drops_patches or tower.patch_conv is None):
         raise ConfigError("time_embed='per_patch' needs all patches of a plain grid; use time_embed='zeros'.")
+    if "nearest_positions" in config.quirks and not can_take_nearest(tower):
+        raise ConfigError(
+            f"quirk 'nearest_positions' is about a plain ViT's table of positions with one class token, which "
+            f"{type(tower.module).__name__} here has not."
+        )
     if "time_before_norm_pre" in config.quirks and norm_pre(tower) is None:
         raise ConfigError(f"quirk 'time_before_norm_pre': {type(tower.module).__name__} has no norm before its blocks.")
     if "block_input_residual" in config.quirks and (kind.post_norm or kind.attn == "" or "attns" in kind.residuals):

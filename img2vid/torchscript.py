@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CODE = "__torch__."  # what names of classes that TorchScript has compiled begin with
+# what names of classes that TorchScript has compiled begin with, and of functions that give lists and dicts their types
+CODE = ("__torch__.", "torch.jit._pickle.")
 
 
 class Bag:

@@ -27,6 +27,7 @@ from img2vid.backbones import wrap_module
 from img2vid.callbacks import ParameterSummary, SaveModel, Throughput, WatchTime
 from img2vid.checkpoints.native import load, load_reference
 from img2vid.config import ConfigError, VideoConfig
+from img2vid.consolidate import ENTRY
 from img2vid.convert import convert
 from img2vid.data.loading import num_batches
 from img2vid.data.order import draw_seed
@@ -38,6 +39,7 @@ from img2vid.objectives import Objective, Step, Surroundings
 from img2vid.objectives.base import is_of_text
 from img2vid.stopping import CheckpointOnException, StopBetweenSteps
 from img2vid.tuning import GradualUnfreezing, Tuning, eval_frozen, freeze, penalty
+from img2vid.tuning.recipe import put_back, settings_of
 
 
 class TrainingError(Img2VidError):
@@ -173,6 +175,7 @@ class VideoTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer, schedule = self.how.build(self.model, self.total_steps())
+        self.asked = settings_of(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def total_steps(self) -> int:
@@ -192,6 +195,14 @@ class VideoTraining(pl.LightningModule):
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         steps = trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn == "fit" and checkpoint.get("optimizer_states"):
+            self.how.check_saved(self.model, checkpoint["optimizer_states"][0]["param_groups"])
+
+    def on_train_start(self) -> None:
+        """A checkpoint says what was learned; how to go on is said by this run's settings."""
+        put_back(self.asked, self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
 
     # ---- steps
 
@@ -220,53 +231,49 @@ class VideoTraining(pl.LightningModule):
             self.unfreezing.drop_gradients(self.model, self.current_epoch)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.evaluate(batch, "val")
+        self.evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.evaluate(batch, "test")
+        self.evaluate(batch, batch_idx, "test")
 
-    def on_validation_epoch_start(self) -> None:
-        self.evaluated = 0
-
-    def on_test_epoch_start(self) -> None:
-        self.evaluated = 0
-
-    def on_validation_epoch_end(self) -> None:
-        sanity = self.trainer.sanity_checking
-        limit = self.trainer.num_sanity_val_steps if sanity else self.trainer.limit_val_batches
-        self.keep_pace(self.trainer.val_dataloaders, limit)
-
-    def on_test_epoch_end(self) -> None:
-        self.keep_pace(self.trainer.test_dataloaders, self.trainer.limit_test_batches)
-
-    def keep_pace(self, loader: Any, limit: int | float) -> None:
-        """Sharded blocks are put together by all processes at once: one with fewer batches joins in until the end."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for _ in range(num_batches(loader, limit)[1] - self.evaluated):
-                if not self.evaluated:
-                    raise TrainingError("There are fewer videos to evaluate than processes; sharded models need more.")
-                self.objective.predict(self.step_of({}, self.last_clips))
-
-    def evaluate(self, batch: Mapping[str, Any], name: str) -> None:
+    def evaluate(self, batch: Mapping[str, Any], batch_idx: int, name: str) -> None:
         """Accuracy over classes, scores averaged over the views of a video: clip (B, V, T, C, H, W)."""
         clips, label = batch["clip"], batch["label"]
-        self.evaluated += 1
-        self.last_clips = clips.flatten(0, 1)
-        scores = self.objective.predict(self.step_of(batch, self.last_clips))
+        scores = self.objective.predict(self.step_of(batch, clips.flatten(0, 1)))
+        for _ in range(self.still_waiting(batch_idx, name)):
+            self.objective.predict(self.step_of(batch, clips.flatten(0, 1)))
         if scores is None or self.accuracy is None:
             return
         shares = scores.float().softmax(dim=-1).unflatten(0, clips.shape[:2]).mean(dim=1)  # (B, classes)
         self.accuracy(shares[label >= 0], label[label >= 0])
         self.log(f"{name}/accuracy", self.accuracy, prog_bar=True, on_epoch=True, batch_size=len(label))
 
+    def still_waiting(self, batch_idx: int, name: str) -> int:
+        """Batches that other processes have after this one's last, where sharding has all work on each together."""
+        trainer = self.trainer
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            return 0
+        if trainer.sanity_checking:
+            loader, limit, mine = trainer.val_dataloaders, trainer.num_sanity_val_steps, trainer.num_sanity_val_batches
+        elif name == "val":
+            loader, limit, mine = trainer.val_dataloaders, trainer.limit_val_batches, trainer.num_val_batches
+        else:
+            loader, limit, mine = trainer.test_dataloaders, trainer.limit_test_batches, trainer.num_test_batches
+        fewest, most = num_batches(loader, limit)
+        if not fewest:
+            raise TrainingError("There are fewer videos to evaluate than processes, and sharding needs all of them.")
+        return most - mine[0] if batch_idx + 1 == mine[0] else 0
+
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """After an exception, back to the last optimiser step.
+        """Which model it is; and after an exception, back to the last optimiser step.
 
         The loader may have given out one batch more than was learned from, and batches whose gradients were still being
         accumulated are learned from again.
         """
+        video = getattr(self.model, "visual", self.model)
+        checkpoint[ENTRY] = {"video": self.model.config.to_dict(), "image_weights": video.image_weights}
         loop = self.trainer.fit_loop.epoch_loop
         done, every = loop.batch_progress.current.processed, self.trainer.accumulate_grad_batches
         whole = done if done >= self.trainer.num_training_batches else done - done % every

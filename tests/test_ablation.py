@@ -36,7 +36,7 @@ def test_a_finished_cell_is_not_trained_again(tmp_path, monkeypatch, capsys):
     assert ablation.main([*command, "--only=copy/tanh/shared"]) == 0
     (found,) = json.loads((out / "ablation.json").read_text())
     assert found["cell"] == {"temporal_init": "copy", "gate": "tanh", "prefix_mode": "shared"}
-    assert set(found["validation"]) == {"1", "2"} and found["branch"] > 0
+    assert set(found["validation"]) == {"1", "2"} and found["branch"]["2"] > 0
     lines = (out / "ablation.md").read_text().splitlines()
     assert len(lines) == 3 and lines[2].startswith("| copy | tanh | shared |")
     assert len({line.count("|") for line in lines}) == 1

@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pathlib
+import re
 import sys
 import types
 
@@ -12,6 +13,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -111,6 +113,60 @@ def test_what_does_not_fit_is_named(how, dialect, tmp_path):
         assert text.index("another") < text.index("blocks.0.extra")
 
 
+@pytest.fixture(scope="module")
+def hf_folders(tmp_path_factory):
+    home = tmp_path_factory.mktemp("hf")
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    shape |= {"image_size": 32, "num_frames": 4}
+    config = transformers.VivitConfig(tubelet_size=[2, 8, 8], **shape)
+    transformers.VivitForVideoClassification(config).save_pretrained(home / "vivit")
+    config = transformers.TimesformerConfig(patch_size=8, **shape)
+    transformers.TimesformerForVideoClassification(config).save_pretrained(home / "hf-timesformer")
+    return home
+
+
+@pytest.mark.parametrize("dialect", ["hf-timesformer", "vivit"])
+@pytest.mark.parametrize("how", SABOTAGE)
+@pytest.mark.parametrize("name", ["encoder.layer.1.output.dense.weight", "embeddings.position_embeddings"])
+def test_what_does_not_fit_in_a_folder_is_named(name, how, dialect, hf_folders, tmp_path):
+    state = load_file(hf_folders / dialect / "model.safetensors")
+    config = json.loads((hf_folders / dialect / "config.json").read_text())
+    key = next(k for k in state if k.endswith(name))
+    path = folder(tmp_path / "hf", SABOTAGE[how](state, key), **config)
+    with pytest.raises(WeightsError) as caught:
+        img2vid.import_checkpoint(path, num_heads=HEADS)
+    assert {"unexpected": "blocks.0.extra"}.get(how, key) in str(caught.value)
+    assert "nothing was imported" in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["query.weight", "key.bias", "value.weight"])
+def test_one_of_three_projections(part, hf_folders, tmp_path):
+    state = load_file(hf_folders / "vivit" / "model.safetensors")
+    config = json.loads((hf_folders / "vivit" / "config.json").read_text())
+    key = f"vivit.encoder.layer.1.attention.attention.{part}"
+    with pytest.raises(WeightsError, match=f"1 missing:\n +{re.escape(key)}"):
+        img2vid.import_checkpoint(folder(tmp_path / "a", without(state, key), **config))
+    with pytest.raises(WeightsError, match=f"{re.escape(key)}: .* given"):
+        img2vid.import_checkpoint(folder(tmp_path / "b", {**state, key: state[key][:-1]}, **config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_frames": 8}, "is for 32 patches, but config.json describes 64"),
+        ({"tubelet_size": [4, 8, 8]}, "is for 32 patches, but config.json describes 16"),
+        ({"tubelet_size": 2}, "config.json is not that of transformers' ViViT"),
+    ],
+)
+def test_a_vivit_whose_description_does_not_fit(change, message, hf_folders, tmp_path):
+    state = load_file(hf_folders / "vivit" / "model.safetensors")
+    config = json.loads((hf_folders / "vivit" / "config.json").read_text())
+    with pytest.raises(WeightsError, match=message):
+        img2vid.import_checkpoint(folder(tmp_path / "a", state, **{**config, **change}))
+    with pytest.raises(WeightsError, match="comes without its config.json"):
+        img2vid.import_checkpoint(hf_folders / "vivit" / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
@@ -123,6 +179,12 @@ def test_keys_that_sizes_are_read_from(key, message, tmp_path):
     path = saved(tmp_path / "a.pth", without(made.timesformer(), key))
     with pytest.raises(WeightsError, match=message):
         img2vid.import_checkpoint(path, "timesformer", num_heads=HEADS)
+
+
+def test_tables_of_another_number_of_axes(tmp_path):
+    state = {**made.timesformer(), "pos_embed": torch.zeros(17)}
+    with pytest.raises(WeightsError, match="its weights are not those of TimeSformer: IndexError"):
+        img2vid.import_checkpoint(saved(tmp_path / "a.pth", state), num_heads=HEADS)
 
 
 def test_what_no_dialect_knows(tmp_path):
@@ -355,6 +417,7 @@ def test_a_converted_model_can_be_exported_and_differs_only_in_training(tmp_path
     notes = img2vid.export_checkpoint(model, tmp_path / "a.pyth", "timesformer")
     assert [note.split(":")[0] for note in notes] == [
         "quirk drop_path_before_gate",
+        "quirk nearest_positions",
         "stochastic depth in training",
         "other numbers of frames",
     ]
@@ -474,6 +537,9 @@ def test_quirks_that_a_tower_cannot_have_are_refused():
     with pytest.raises(ConfigError, match="norm that only attention over space reads"):
         block = timm.models.vision_transformer.ParallelScalingBlock
         img2vid.convert(small_vit(block_fn=block), quirks=["block_input_residual"])
+    for tower in (small_vit(reg_tokens=2), small_vit(no_embed_class=True), small_clip().visual):
+        with pytest.raises(ConfigError, match="a plain ViT's table of positions"):
+            img2vid.convert(tower, quirks=["nearest_positions"])
     with pytest.raises(ConfigError, match="needs all patches"):
         img2vid.convert(small_vit(patch_drop_rate=0.5), time_embed="per_patch")
 
@@ -523,6 +589,16 @@ def test_time_before_norm_pre_keeps_the_function_and_differs_when_open(clips):
         for model in (before, after):
             model.time_embed.copy_(torch.randn(model.time_embed.shape, generator=torch.Generator().manual_seed(2)))
         assert not torch.allclose(before(clips), after(clips), atol=1e-3)
+
+
+def test_nearest_positions_promise_nothing_at_another_size():
+    model = img2vid.convert(small_vit(dynamic_img_size=True), num_frames=2, quirks=["nearest_positions"])
+    own = img2vid.certify(model, small_vit(dynamic_img_size=True), num_frames=[1, 2])
+    assert own.ok and own.guarantee.strength["moving"] == "bitwise"
+    other = img2vid.certify(model, small_vit(dynamic_img_size=True), num_frames=[1, 2], image_size=(48, 48))
+    assert other.ok and not other.guarantee.strength
+    assert max(comparison.feature_difference for comparison in other.comparisons) > 1e-3
+    assert "none at another image size" in str(other)
 
 
 def test_crop_or_pad_takes_the_first_and_zeros():

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 import img2vid
 from img2vid.averaging import MovingAverage, check_averaging
 from img2vid.config import ConfigError
+from img2vid.consolidate import consolidate
 from tests.training_run import ROOT, command, environment, losses, run, start
 
 
@@ -97,9 +98,13 @@ def test_sharded_training_refuses_what_it_cannot_do(motion_set, tmp_path):
 @pytest.mark.multiprocess
 def test_sharded_training_in_bf16_saves_whole_weights(motion_set, tmp_path):
     given = dict(data=motion_set, out=tmp_path, batch_size=2, devices=2, strategy="fsdp2", epochs=1)
-    ended = start(given | dict(precision="bf16-true"), 2)
+    ended = start(given | dict(precision="bf16-true", save_every=6), 2)
     assert ended.returncode == 0, ended.stderr
     model = img2vid.load(tmp_path / "model")
+    sharded = tmp_path / "saved" / "step=6.ckpt"
+    assert sharded.is_dir()
+    for name, weight in consolidate(sharded).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
     assert next(model.parameters()).dtype == torch.bfloat16
     assert all(p.isfinite().all() for p in model.parameters())
 

@@ -291,6 +291,28 @@ def test_an_archive_says_its_activation_and_its_code_is_not_run(tmp_path):
     assert all(torch.equal(again.state[key], state[key]) for key in state)
 
 
+class WithLists(nn.Module):
+    sizes: list[int]
+    named: dict[str, float]
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.sizes, self.named = nn.Linear(2, 3), [1, 2], {"a": 1.0}
+
+    def forward(self, x):
+        return self.inner(x) * self.sizes[0] * self.named["a"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_attributes_of_an_archive_that_are_no_tensors(tmp_path):
+    model = WithLists()
+    torch.jit.save(torch.jit.script(model), str(tmp_path / "a.pt"))
+    file = read_weights(tmp_path / "a.pt")
+    assert file.activation is None
+    assert file.state.keys() == model.state_dict().keys()
+    assert all(torch.equal(file.state[key], tensor) for key, tensor in model.state_dict().items())
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_archive_made_to_run_code_does_not_run_it(tmp_path):
     archive(quick(), tmp_path / "a.pt")
@@ -377,6 +399,8 @@ def test_folders_that_hold_something_else(tmp_path):
         convert("timm:vit_base_patch16_224", tmp_path / "empty")
     theirs = oracle(transformers.ViTModel, transformers.ViTConfig(**VISION))
     path = folder(theirs, tmp_path / "hf")
+    with pytest.raises(WeightsError, match=r"missing:\n.*ln_final"):  # before anything finer is said
+        img2vid.convert(open_clip_folder(tmp_path / "oc", quick_gelu=True), weights=path, num_frames=2)
     with pytest.raises(WeightsError, match="has 4 attention heads, the model built here 2"):
         convert("timm:vit_base_patch16_224", path, num_heads=2)
     config = json.loads((path / "config.json").read_text())

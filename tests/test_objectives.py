@@ -143,8 +143,32 @@ def test_words_never_met_are_told_apart_and_old_ones_kept():
     after, new = likeness()
     assert before > 0.99 and after < 0.8
     assert (old * new).sum(-1).min() > 0.9
+    with torch.no_grad():  # "the digit two moving left" still is a two
+        x = model.encode_text(model.tokenize(captions), normalize=True)
+    assert (x @ old.T).argmax(dim=1).tolist() == [0, 0, 1, 1]
     losses = objective(Step(model, batch(4, caption=captions)))
     assert set(losses) == {"classification_loss", "text_spread_loss", "class_keep_loss", "text_keep_loss"}
+
+
+def test_a_text_tower_that_only_learned_new_words_stands_still_and_is_asked_once(monkeypatch):
+    model = img2vid.convert("nano_clip", num_frames=2).train()
+    captions = ["moving left", "moving right"]
+    objective = Classification("text", "caption", spread=1.0, spread_steps=3)
+    tower = {name: p for name, p in model.named_parameters() if not name.startswith(("visual.", "logit_scale"))}
+    for parameter in tower.values():
+        parameter.requires_grad_(False)
+    before = {name: p.clone() for name, p in tower.items()}
+    objective.setup(Surroundings(model, captions=captions))
+    assert any(not torch.equal(before[name], p) for name, p in tower.items())
+    assert not any(p.requires_grad for p in tower.values())
+
+    asked, encode = [], model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda *args, **kwargs: asked.append(1) or encode(*args, **kwargs))
+    for _ in range(2):
+        losses = objective(Step(model, batch(2, caption=captions)))
+        assert set(losses) == {"classification_loss"}
+        assert not any(name in tower for name in gradients(model, losses))
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
@@ -321,6 +345,7 @@ def test_interpolated_weights_score_a_point_on_the_line():
         (lambda: Classification("text", train_text=True, keep_text=1.0), "give both"),
         (lambda: Classification("text", train_text=True, keep_text=1.0, keep_prompts=["a {}"]), "keep_names"),
         (lambda: Classification("text", keep_classes=1.0), "train_text=true or spread_steps"),
+        (lambda: Classification("text", train_text=True, keep_classes=1.0), "give those, and keep_text"),
         (lambda: Classification(label_smoothing=1.0), "from 0 to below 1"),
         (lambda: Contrastive("infonce"), "clip, siglip"),
         (lambda: Distillation(features=0.0), "does nothing"),
@@ -363,3 +388,23 @@ def test_rows_without_label_or_caption_are_refused(objective, gap):
     objective.setup(around(model))
     with pytest.raises(ObjectiveError, match="A video without"):
         objective(Step(model, batch(**gap)))
+
+
+def test_interpolated_weights_refuse_sharded_ones():
+    with pytest.raises(ObjectiveError, match="needs whole weights.*strategy ddp"):
+        InterpolatedWeights(Contrastive()).setup(Surroundings(text_model(), sharded=True))
+
+
+def test_a_text_tower_that_another_objective_trains_is_not_remembered():
+    model = text_model()
+    objective = Classification("text")  # does not train it itself
+    objective.setup(Surroundings(model, class_names=NAMES))
+    before = objective(Step(model, batch(3)))["classification_loss"]
+    with torch.no_grad():
+        model.text_projection.add_(0.5 * torch.randn_like(model.text_projection))
+    assert objective(Step(model, batch(3)))["classification_loss"] != before
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("visual."))
+    objective.setup(Surroundings(model, class_names=NAMES))
+    objective(Step(model, batch(3)))
+    assert "label" in objective.known  # one that stands still is embedded once

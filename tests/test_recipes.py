@@ -91,7 +91,10 @@ def test_checkpointing_runs_temporal_branches_twice_and_changes_nothing(motion_s
 @pytest.mark.slow
 def test_compiled_blocks_train_as_plain_ones(motion_set, tmp_path):
     plain, _, expected = train(motion_set, tmp_path / "plain")
-    compiled, module, model = train(motion_set, tmp_path / "compiled", model=dict(compile=True))
+    options = dict(model=dict(compile=True), log_every_n_steps=3)  # time is watched in the last step
+    compiled, module, model = train(motion_set, tmp_path / "compiled", **options)
+    ratios = [value for name, value in module.trainer.callback_metrics.items() if name.startswith("branch/")]
+    assert len(ratios) == 4 and min(ratios) > 0
     assert all(block._compiled_call_impl is not None for _, block in module.tower.blocks)
     assert compiled == pytest.approx(plain, abs=1e-4)
     assert model.state_dict().keys() == expected.state_dict().keys()

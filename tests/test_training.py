@@ -68,9 +68,40 @@ def test_training_from_the_command_line(motion_set, tmp_path, capsys):
     branch = [float(row["branch/transformer.resblocks.3"]) for row in rows if row["branch/transformer.resblocks.3"]]
     assert 0 < branch[-1] < 0.5
     checkpoint = next(out.rglob("*.ckpt"))
+    assert main(["consolidate", str(checkpoint), "--out", str(tmp_path / "whole")]) == 0
+    whole = img2vid.load(tmp_path / "whole")
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), model.parameters(), strict=True))
+    assert "image weights came from" in (tmp_path / "whole" / "README.md").read_text()
+    for wrong, words in ((tmp_path / "none.ckpt", "no checkpoint"), (ROOT / "README.md", "cannot be read as")):
+        assert main(["consolidate", str(wrong), "--out", str(tmp_path / "other")]) == 2
+        assert words in capsys.readouterr().err
     capsys.readouterr()
     assert main(["train", "test", smoke, *options, f"--ckpt_path={checkpoint}"]) == 0
     assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_a_checkpoint_overrides_neither_yaml_nor_command_line(motion_set, tmp_path, capsys):
+    given = [f"--data.{split}_list={motion_set}/{split}.csv" for split in ("train", "val", "test")]
+    smoke = [f"--config={ROOT}/configs/train/smoke.yaml", f"--trainer.default_root_dir={tmp_path}", *given]
+    assert main(["train", *smoke, "--model.how.lr=1.0e-3", "--data.batch_size=4", "--data.seed=1"]) == 0
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["datamodule_hyper_parameters"]["batch_size"] == 4  # there is something that could override
+    changed = ["--model.how.lr=2.0e-5", "--model.how.weight_decay=0.3", "--model.how.schedule=constant"]
+    changed += ["--data.batch_size=12", "--data.seed=2", "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"]
+    module = cli_module(["fit", *smoke, *changed])
+    assert module.trainer.global_step == 6 + 2 and module.trainer.datamodule.hparams.batch_size == 12
+    groups = {group["name"]: group for group in module.trainer.optimizers[0].param_groups}
+    assert groups["pretrained"]["lr"] == pytest.approx(2e-5) and groups["copied"]["lr"] == pytest.approx(1e-4)
+    assert groups["pretrained"]["weight_decay"] == 0.3
+    assert main(["train", *smoke, *changed, "--model.how.optimizer=sgd"]) == 2
+    assert "The checkpoint was made by adamw" in capsys.readouterr().err
+
+
+def cli_module(arguments):
+    options = dict(seed_everything_default=0, load_from_checkpoint_support=False)
+    options["save_config_kwargs"] = {"overwrite": True}
+    return TrainingCLI(VideoTraining, VideoData, args=arguments, **options).model
 
 
 @pytest.mark.parametrize(
@@ -136,6 +167,20 @@ def test_gradual_unfreezing_holds_layers_back(motion_set, tmp_path):
     state = module.model.state_dict()
     changed = {module.model.origin(n) for n, start in module.beginning.items() if not torch.equal(start, state[n])}
     assert changed == {"copied", "new"}
+
+
+def test_testing_what_was_trained_does_not_begin_anew(motion_set, tmp_path):
+    """Among what an objective does first is training the text tower for some steps."""
+    objective = Classification("text", spread=0.5, spread_steps=2)
+    module = training(objective, save_to=str(tmp_path / "model"))
+    trainer = fit(module, motion_set, default_root_dir=tmp_path, data=dict(test_list=f"{motion_set}/test.csv"))
+    trained = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    assert not torch.equal(trained["text_projection"], module.beginning["text_projection"])
+    trainer.test(module, datamodule=trainer.datamodule, verbose=False)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in module.model.state_dict().items())
+    fresh = training(Classification("text", spread=0.5, spread_steps=2))
+    trainer.validate(fresh, datamodule=trainer.datamodule, verbose=False)
+    assert torch.equal(fresh.model.text_projection, fresh.beginning["text_projection"])
 
 
 def test_losses_that_are_not_finite_stop_the_run_by_name(motion_set, tmp_path):

@@ -58,6 +58,7 @@ def run(
     mixed=False,
     averaged=False,
     save_every=3,
+    schedule="cosine",
     val=False,
     data_options=None,
     callbacks=(),
@@ -71,7 +72,7 @@ def run(
         objectives["image"] = Distillation(0.5, tokens=0.5, mask_ratio=0.5)
     if mixed:
         objectives["classes"] = Classification("text")
-    how_tuned = Tuning(lr=1e-4, warmup=2, freeze="logit_scale")  # FSDP2 cannot train a scalar
+    how_tuned = Tuning(lr=1e-4, warmup=2, schedule=schedule, freeze="logit_scale")  # FSDP2 cannot train a scalar
     module = VideoTraining(VideoConfig("nano_clip", num_frames=2), WeightedSum(objectives), how_tuned)
     videos = VideoData(
         f"{data}/train.csv",

@@ -96,7 +96,7 @@ def describe(tower: nn.Module) -> ImageTower:
 
         return describe_timm(tower)
     if comes_from(tower, "transformers."):
-        from img2vid.backbones.from_transformers import describe_transformers
+        from img2vid.backbones.hf_towers import describe_transformers
 
         return describe_transformers(tower)
     from img2vid.backbones.from_open_clip import describe_open_clip

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from timm.layers import Format, HybridEmbed, PatchEmbed, RotaryEmbeddingCat
 from timm.models import cait, eva, vision_transformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from img2vid.backbones.tower import ImageTower
 from img2vid.temporal.embeddings import resample_pos_embed
@@ -66,6 +68,31 @@ class AnySize(InFront):
             embed.flatten, embed.output_fmt = True, Format.NCHW
             if rope is not None:
                 self.rope = rope
+
+
+def can_take_nearest(tower: ImageTower) -> bool:
+    """Whether positions are a plain ViT's: one table, with a row for the class token and no other prefix."""
+    vit = tower.module
+    is_plain = isinstance(vit, vision_transformer.VisionTransformer) and getattr(vit, "pos_embed", None) is not None
+    return is_plain and tower.num_prefix_tokens == 1 and not vit.no_embed_class
+
+
+class NearestPositions(InFront):
+    """Stands in front of a plain ViT and gives patches of another grid the position of the nearest patch of its own.
+
+    What TimeSformer's code does (quirk nearest_positions); positions in between would be smoother.
+    """
+
+    title = ""
+
+    def _pos_embed(self, x: Tensor) -> Tensor:  # (B, h, w, D) where images may have any size, else (B, N, D)
+        native = self.patch_embed.grid_size
+        if x.ndim != 4 or tuple(x.shape[1:3]) == tuple(native):
+            return super()._pos_embed(x)
+        places = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, native)  # (1, D, h, w)
+        places = F.interpolate(places, size=x.shape[1:3], mode="nearest").flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        return self.pos_drop(tokens + torch.cat([self.pos_embed[:, :1], places], dim=1))
 
 
 class AnySizeCait(InFront):

@@ -133,7 +133,7 @@ class FeatureAndTokens:
         self.how = feature_only.keywords
 
     def __call__(self, module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        from img2vid.backbones.from_transformers import outputs
+        from img2vid.backbones.hf_towers import outputs
 
         output = outputs(module, images, **self.how)
         return self.how["kind"].feature(output), output.last_hidden_state

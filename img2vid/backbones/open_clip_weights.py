@@ -39,7 +39,6 @@ def load_file(model: nn.Module, tower: ImageTower, path: str | Path) -> tuple[Lo
         WeightsError: it cannot be read, is of another architecture or patch size, or its keys do not fit.
     """
     file = read_image_file(path)
-    check_function(model, tower, file, path)
     try:
         state = convert_state_dict(model, dict(file.state))
         if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
@@ -55,6 +54,7 @@ def load_file(model: nn.Module, tower: ImageTower, path: str | Path) -> tuple[Lo
         notes.append("logit_bias is not in the file and was set to zero, which changes nothing.")
     resampled = fit_positions(model.visual, tower, state, str(path))
     report = load_weights(model, state, allow_dropped=DROPPED, source=str(path))
+    check_function(model, tower, file, path)  # of weights that fit
     if file.pixels is not None:
         model.visual.preprocess_cfg = {**(getattr(model.visual, "preprocess_cfg", None) or {}), **vars(file.pixels)}
     report.resampled, report.notes = resampled, notes

@@ -43,12 +43,12 @@ def load_file(model: nn.Module, path: str | Path) -> tuple[LoadReport, dict[str,
     file = read_image_file(path)
     try:
         state, resampled, left_out = to_timm_layout(model, file.state, str(path))
-        check_heads(model, file, path)
         report = load_weights(model, state, allow_dropped=[*CLASSIFIER_KEYS, *DECODER_KEYS], source=str(path))
     except WeightsError as error:
         if not (hint := grid_hint(model, file.state)):
             raise
         raise WeightsError(f"{error} {hint}") from error
+    check_heads(model, file, path)  # of weights that fit
     report.resampled, report.notes = resampled, file.notes
     if left_out:
         report.notes.append(f"Merged into others or left out by timm's reader: {in_a_row(left_out)}.")

@@ -40,7 +40,8 @@ DECISIVE = (
     "tubelet_size",
     "num_classes",
 )
-IN_TRAINING_ONLY = ("drop_path_before_gate", "no_temporal_drop_path")
+# what does not show in a model's answers to clips of its own size
+IN_TRAINING_OR_OTHER_SIZES = ("drop_path_before_gate", "no_temporal_drop_path", "nearest_positions")
 
 
 def export_checkpoint(model: VideoModel | VideoTextModel, path: str | Path, format: str) -> list[str]:
@@ -113,7 +114,7 @@ def compare(model: VideoModel, dialect: Dialect, file: Foreign) -> list[str]:
             wrong.append(f"{name} is {getattr(own, name)!r} here, {getattr(config, name)!r} there")
     for quirk in sorted(set(own.quirks) ^ set(config.quirks)):
         has = "this model has it, the dialect not" if quirk in own.quirks else "the dialect has it, this model not"
-        (notes if quirk in IN_TRAINING_ONLY else wrong).append(f"quirk {quirk}: {has}")
+        (notes if quirk in IN_TRAINING_OR_OTHER_SIZES else wrong).append(f"quirk {quirk}: {has}")
     for name, value in structure(again).items():
         if structure(model)[name] != value:
             wrong.append(f"{name} are {structure(model)[name]} here, {value} there")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.dialect import Dialect, Foreign
 from img2vid.checkpoints.plain_vit import from_hf, plain_vit, sizes_of, square, to_hf
-from img2vid.checkpoints.timesformer import DROP_PATH, time_settings
+from img2vid.checkpoints.timesformer import DROP_PATH, NEAREST, time_settings
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 
@@ -64,6 +64,7 @@ def describe(file: Foreign) -> VideoConfig:
     if settings["attention"] == "space_only":
         settings["num_frames"] = (file.config or {}).get("num_frames", settings["num_frames"])
         settings["quirks"] = ()  # its logits are of frames, so the mean comes last, as it does here
+    settings["quirks"] += NEAREST
     return VideoConfig(**plain_vit(**sizes, drop_path_rate=drop_path), **settings)
 
 

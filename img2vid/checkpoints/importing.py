@@ -111,10 +111,9 @@ def described(dialect: Dialect, file: Foreign) -> tuple[VideoConfig, VideoModel]
     """What model a file holds, and that model without numbers."""
     try:
         config = dialect.describe(file)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise WeightsError(
-            f"{file.path}: its config.json is not that of {dialect.title}: {type(error).__name__} {error}."
-        ) from error
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
+        what = "weights are not those" if file.config is None else "config.json is not that"
+        raise WeightsError(f"{file.path}: its {what} of {dialect.title}: {type(error).__name__} {error}.") from error
     return config, fresh(config, on_meta=True)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.dialect import Dialect, Foreign
-from img2vid.checkpoints.frozen_in_time import SETTINGS
+from img2vid.checkpoints.frozen_in_time import FROZEN_IN_TIME, SETTINGS
 from img2vid.checkpoints.plain_vit import EPS, plain_vit, sizes_of, square
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
@@ -70,6 +70,8 @@ def describe(file: Foreign) -> VideoConfig:
     sizes = sizes_of(named, block=f"{prefix}blocks.{{i}}.", conv=conv, fc1="mlp.fc1", qkv="attn.qkv.bias")
     num_places = named.require(f"{prefix}pos_embed").shape[1] - 1
     is_clip = f"{prefix}ln_pre.weight" in state
+    if file.pixels is None and not is_clip:  # its towers without CLIP's weights saw ImageNet's statistics
+        file.pixels = FROZEN_IN_TIME.pixels
     clip = {"pre_norm": True, "activation": "quick_gelu", "norm_eps": {"norm_pre": 1e-5, "": EPS}} if is_clip else {}
     head = {"num_classes": len(state[f"{PROJECTION}.0.bias"])} if f"{PROJECTION}.0.bias" in state else {}
     quirks = (*SETTINGS["quirks"], *(["time_before_norm_pre"] if is_clip else []))

@@ -36,17 +36,22 @@ FRAMES = 8  # of a space-only model, whose file does not say: TimeSformer's own 
 DROP_PATH = 0.1  # fixed in its code
 ATTENTION_SETTINGS = {
     "divided_space_time": {"prefix_mode": "shared", "quirks": ("drop_path_before_gate",)},
-    "joint_space_time": {"prefix_mode": "shared"},
+    "joint_space_time": {"prefix_mode": "shared", "quirks": ()},
     "space_only": {"quirks": ("mean_before_norm",)},
 }
+
+
+NEAREST = ("nearest_positions",)  # at other image sizes; MMAction2's takes none
 
 
 def describe(file: Foreign) -> VideoConfig:
     sizes = sizes_of(file, block="blocks.{i}.", conv="patch_embed.proj", fc1="mlp.fc1", qkv="attn.qkv.bias")
     num_places = file.require("pos_embed").shape[1] - 1
+    settings = time_settings(file, "time_embed", "blocks.0.temporal_attn.qkv.weight", "head.bias")
+    settings["quirks"] += NEAREST
     return VideoConfig(
         **plain_vit(**sizes, image_size=square(file, num_places, sizes["patch_size"]), drop_path_rate=DROP_PATH),
-        **time_settings(file, "time_embed", "blocks.0.temporal_attn.qkv.weight", "head.bias"),
+        **settings,
     )
 
 

@@ -81,7 +81,8 @@ def describe(file: Foreign) -> VideoConfig:
         )
     state = VIVIT.with_prefix(file.state)
     tubelet_size, *patch_size = config["tubelet_size"]
-    steps, num_places = config["num_frames"] // tubelet_size, len(state.get(POSITIONS, [[]])[0]) - 1
+    steps, table = config["num_frames"] // tubelet_size, state.get(POSITIONS)
+    num_places = -1 if table is None else table.shape[1] - 1
     sizes = from_hf(file, {"hidden_act": "gelu_fast", "layer_norm_eps": 1e-6, **config})
     expected = steps * (sizes["image_size"][0] // patch_size[0]) * (sizes["image_size"][1] // patch_size[1])
     if num_places not in (-1, expected):  # -1: not there, which accounting will say

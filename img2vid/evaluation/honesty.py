@@ -49,9 +49,17 @@ def honesty(
     conditions = [name for name in PANEL if name != "frame_mean" or has_gates(model)]
     head = question.head(model.to(compute.device)) if shared.is_first else None
     features = extract(
-        model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
-        processes=shared, on_progress=on_progress,
-    )  # fmt: skip
+        model,
+        videos,
+        views,
+        conditions,
+        cache=cache,
+        level=question.level,
+        compute=compute,
+        strict=strict,
+        processes=shared,
+        on_progress=on_progress,
+    )
     if not shared.is_first:
         return None
     everything = Round("all", tuple(labelled_rows(features, videos)))

@@ -56,16 +56,12 @@ def compute_of(options: argparse.Namespace, processes: Processes) -> Compute:
     return Compute(options.batch_size, options.num_workers, device, options.precision)
 
 
-def cache_of(options: argparse.Namespace) -> Path | None:
-    return None if options.no_cache else Path(options.cache)
-
-
 def how_of(options: argparse.Namespace, shared: Processes, on_progress: Callable[[int], None]) -> dict[str, Any]:
     """The arguments that all evaluations share, by name."""
     return {
         "seed": options.seed,
         "source": options.model,
-        "cache": cache_of(options),
+        "cache": None if options.no_cache else Path(options.cache),
         "compute": compute_of(options, shared),
         "strict": options.strict,
         "shared": shared,

@@ -141,15 +141,21 @@ def probe(
     # frames hold features, which are their mean: one pass over the videos for all kinds of probe
     level = "frames" if "attentive" in kinds else "features"
     given = {
-        "cache": cache, "level": level, "compute": compute, "strict": strict, "processes": shared,
+        "cache": cache,
+        "level": level,
+        "compute": compute,
+        "strict": strict,
+        "processes": shared,
         "on_progress": on_progress,
-    }  # fmt: skip
+    }
     learned, tested = (extract(model, *of, conditions, **given) for of in ((train, one_view), (test, views)))
     if not shared.is_first:
         return None
-    num_classes = len(train.class_names) if train.class_names else 1 + max(
-        row.label for row in (*train.rows, *test.rows) if row.label is not None
-    )  # fmt: skip
+    num_classes = (
+        len(train.class_names)
+        if train.class_names
+        else 1 + max(row.label for row in (*train.rows, *test.rows) if row.label is not None)
+    )
     result = describe_run("probe", model, source, test, tested, compute, conditions)
     result["train"] = describe_data(train, learned)
     learned_from = {identity(row) for row in train.rows}

@@ -78,9 +78,9 @@ class Videos(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | None, Problem | None]:
-        path = self.dataset.videos.rows[row].path
+        path, where = self.dataset.videos.rows[row].path, self.dataset.videos.rows[row].where
         if not os.path.exists(path):
-            return row, None, Problem("missing", f"{path}: no such file")
+            return row, None, Problem("missing", f"{where}: {path}: no such file".removeprefix(": "))
         try:
             return row, self.dataset[row]["clip"], None
         except VideoError as error:

@@ -17,7 +17,7 @@ from img2vid.checkpoints.native import describe_model
 from img2vid.data.manifest import VideoList
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features
-from img2vid.evaluation.reading import input_spec
+from img2vid.evaluation.reading import identity, input_spec
 from img2vid.evaluation.store import short_hash, write_whole
 from img2vid.evaluation.versions import versions
 
@@ -67,6 +67,7 @@ def describe_data(videos: VideoList, features: Features) -> dict[str, Any]:
         "hash": hash_of_list(videos),
         "videos": len(videos),
         "used": len(features.rows),
+        "repeated": len(videos) - len({identity(row) for row in videos.rows}),
         **problems,
         "classes": None if videos.class_names is None else list(videos.class_names),
     }

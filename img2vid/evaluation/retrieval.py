@@ -111,9 +111,16 @@ def retrieval(
     texts = list(dict.fromkeys(template.replace("{}", caption) for row in videos.rows for caption in row.captions))
     embedded = embed_texts(model.to(compute.device), texts).double() if shared.is_first else None
     features = extract(
-        model, videos, views, conditions, cache=cache, compute=compute, strict=strict, processes=shared,
+        model,
+        videos,
+        views,
+        conditions,
+        cache=cache,
+        compute=compute,
+        strict=strict,
+        processes=shared,
         on_progress=on_progress,
-    )  # fmt: skip
+    )
     if not shared.is_first:
         return None
     captions = [(i, caption) for i, row in enumerate(features.rows) for caption in videos.rows[row].captions]

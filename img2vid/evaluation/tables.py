@@ -145,6 +145,8 @@ def counted(data: dict) -> str:
         if data[kind]:
             names = ", ".join(entry["video"] for entry in data[kind][:3]) + (", ..." if len(data[kind]) > 3 else "")
             text += f"; {len(data[kind])} {kind}: {names}"
+    if data.get("repeated"):
+        text += f"; {data['repeated']} rows repeat a video and count again"
     if data.get("unlabelled"):
         text += f"; {data['unlabelled']} without a label, in no number"
     return text

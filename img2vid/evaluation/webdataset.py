@@ -23,6 +23,7 @@ from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.reading import stamp
 from img2vid.evaluation.store import write_whole
 
+FORMAT = 2  # of what is unpacked
 CLASSES, TEMPLATES, SHARDS = "classnames.txt", "zeroshot_classification_templates.txt", "nshards.txt"
 
 
@@ -53,7 +54,7 @@ def read_webdataset(folder: Path, subset: str, unpack_to: Path) -> VideoList:
         if not shard.is_file():
             raise EvaluationError(f"{shard} is missing; {SHARDS} says there are {count}.")
         rows += read_shard(shard, unpack_to)
-    if not rows:
+    if all(not Path(row.path).is_file() for row in rows):
         raise EvaluationError(
             f"{folder / subset}: its {count} shards hold no video ({', '.join(sorted(VIDEO_SUFFIXES))})."
         )
@@ -65,14 +66,20 @@ def read_webdataset(folder: Path, subset: str, unpack_to: Path) -> VideoList:
 
 def read_shard(shard: Path, unpack_to: Path) -> list[Row]:
     """The rows of one tar; its videos are unpacked unless that was done before."""
-    key = hashlib.sha256(json.dumps([str(shard.resolve()), stamp(str(shard))]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([FORMAT, str(shard.resolve()), stamp(str(shard))]).encode()).hexdigest()[:16]
     target = unpack_to / key
     if not (target / "rows.json").is_file():
         unpack(shard, target)
     rows = json.loads((target / "rows.json").read_text())
+    # a sample without a video is a row whose file is not there: it is counted and named
     return [
-        Row(str(target / row["video"]), row["label"], tuple(row["captions"]), where=f"{shard}: {row['key']}")
-        for row in rows
+        Row(
+            str(target / (row["video"] or f"no-video-{number}")),
+            row["label"],
+            tuple(row["captions"]),
+            where=f"{shard}: {row['key']}",
+        )
+        for number, row in enumerate(rows)
     ]
 
 
@@ -87,12 +94,15 @@ def unpack(shard: Path, target: Path) -> None:
                 for member in tar:
                     if not member.isfile():
                         continue
-                    key, _, suffix = member.name.partition(".")
-                    sample = samples.setdefault(key, {"key": key, "video": None, "label": None, "captions": []})
+                    folder, _, name = member.name.rpartition("/")  # "./7.mp4" is 7, and folders may hold dots
+                    key, _, suffix = name.partition(".")
+                    key = f"{folder}/{key}".removeprefix("./").lstrip("/")
+                    new = {"key": key, "number": len(samples), "video": None, "label": None, "captions": []}
+                    sample = samples.setdefault(key, new)
                     suffix = suffix.lower()
                     if f".{suffix}" in VIDEO_SUFFIXES:
                         # a name of our own: members may be called anything, "../x.mp4" included
-                        sample["video"] = f"{len(samples):06d}.{suffix}"
+                        sample["video"] = f"{sample['number']:06d}.{suffix}"
                         with open(unfinished / sample["video"], "wb") as file:
                             shutil.copyfileobj(tar.extractfile(member), file)
                     elif suffix == "cls":
@@ -102,7 +112,7 @@ def unpack(shard: Path, target: Path) -> None:
                         sample["captions"] = [line.strip() for line in text.splitlines() if line.strip()]
         except (tarfile.TarError, ValueError) as error:
             raise EvaluationError(f"{shard} is no shard of this layout: {error}") from error
-        rows = [sample for sample in samples.values() if sample["video"] is not None]
+        rows = [s for s in samples.values() if s["video"] is not None or s["label"] is not None or s["captions"]]
         write_whole(unfinished / "rows.json", json.dumps(rows).encode())
         try:
             unfinished.rename(target)

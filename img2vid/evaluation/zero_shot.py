@@ -68,9 +68,17 @@ def zero_shot(
     conditions = ["model"] + (["frame_mean"] if baseline and has_gates(model) else [])
     head = question.head(model.to(compute.device)) if shared.is_first else None
     features = extract(
-        model, videos, views, conditions, cache=cache, level=question.level, compute=compute, strict=strict,
-        processes=shared, on_progress=on_progress,
-    )  # fmt: skip
+        model,
+        videos,
+        views,
+        conditions,
+        cache=cache,
+        level=question.level,
+        compute=compute,
+        strict=strict,
+        processes=shared,
+        on_progress=on_progress,
+    )
     if not shared.is_first:
         return None
     labelled = labelled_rows(features, videos)

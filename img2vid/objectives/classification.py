@@ -41,9 +41,11 @@ class Classification(Objective):
         spread_steps: steps, before training, in which the text tower alone learns these losses, whether or not it
             learns afterwards. Words it never met need it: with videos that nobody can tell apart yet, learning both
             at once draws the words together, not apart.
-        keep_classes: weight of ``class_keep_loss``: one minus the cosine between what the embeddings of the classes are
-            and were before training. Classes then part by no more than they must.
-        keep_text: weight of ``text_keep_loss``, the same of ``keep_prompts``, which the text tower is to go on saying.
+        keep_text: weight of ``text_keep_loss``: one minus the cosine between the embeddings of ``keep_prompts`` as they
+            are and as they were before training.
+        keep_classes: weight of ``class_keep_loss``: divergence of each class's shares of ``keep_prompts``, a softmax of
+            cosines times the scale, from what they were. Classes may then part in any direction but those: "the digit
+            seven moving left" goes on being nearest to "the digit seven".
         keep_prompts: sentences; those with ``{}`` once for each of ``keep_names``.
     """
 
@@ -57,8 +59,8 @@ class Classification(Objective):
         train_text: bool = False,
         spread: float = 0.0,
         spread_steps: int = 0,
-        keep_classes: float = 0.0,
         keep_text: float = 0.0,
+        keep_classes: float = 0.0,
         keep_prompts: Sequence[str] = (),
         keep_names: Sequence[str] = (),
     ) -> None:
@@ -80,6 +82,8 @@ class Classification(Objective):
                 f"keep_text={keep_text:g} is the weight of keep_prompts, of which {len(keep_prompts)} are given: "
                 "give both or neither."
             )
+        if keep_classes and not keep_prompts:
+            raise ObjectiveError("keep_classes keeps the classes' likeness to keep_prompts: give those, and keep_text.")
         if any("{}" in prompt for prompt in keep_prompts) != bool(keep_names):
             raise ObjectiveError("keep_names are what {} stands for in keep_prompts: give both or neither.")
         self.head, self.classes, self.prompts = head, classes, list(prompts)
@@ -119,10 +123,10 @@ class Classification(Objective):
             self.keep("caption_tokens", tokens([[caption] for caption in around.captions]))
         if self.keep_text:
             self.keep("kept_tokens", tokens([self.keep_prompts]))
-        with torch.no_grad():
-            kept = [self.classes] * bool(self.keep_classes) + ["kept"] * bool(self.keep_text)
-            for name, before in self.embed(Step(model, {}), kept).items():
-                self.keep(f"{name}_before", before)
+            with torch.no_grad():
+                before = self.embed(Step(model, {}), [self.classes, "kept"], train=False)
+                self.keep("kept_before", before["kept"])
+                self.keep("shares_before", self.shares_of_kept(Step(model, {}), before))
         if self.spread_steps and around.training:
             self.spread_out(Step(model, {}))
 
@@ -132,7 +136,7 @@ class Classification(Objective):
         frozen = [p for p in tower if not p.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.Adam(tower, lr=1e-3)
+        optimizer = torch.optim.Adam(tower, lr=2e-3)
         # down to zero, or the last steps would leave kept prompts wherever they happened to be
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.spread_steps)
         has_labels = self.classes == "caption" and hasattr(self, "label_tokens")
@@ -193,16 +197,25 @@ class Classification(Objective):
         losses = {}
         if self.spread:
             losses["text_spread_loss"] = self.spread_loss(step, text[self.classes])
-        for key, name, weight in (("class", self.classes, self.keep_classes), ("text", "kept", self.keep_text)):
-            if weight:
-                cosine = (text[name] * getattr(self, f"{name}_before")).sum(dim=-1)
-                losses[f"{key}_keep_loss"] = weight * (1 - cosine).mean()
+        if self.keep_text:
+            losses["text_keep_loss"] = self.keep_text * (1 - (text["kept"] * self.kept_before).sum(dim=-1)).mean()
+        if self.keep_classes:
+            shares = self.shares_of_kept(step, text)
+            away = F.kl_div(shares, self.shares_before, reduction="batchmean", log_target=True)
+            losses["class_keep_loss"] = self.keep_classes * away
         return losses
 
+    def shares_of_kept(self, step: Step, text: Mapping[str, Tensor]) -> Tensor:
+        """What kept prompts the classes are near, (classes, kept), as logarithms of shares.
+
+        Near to the prompts as they were: they are not to follow the classes.
+        """
+        likeness = class_embeddings(text[self.classes]) @ self.kept_before.flatten(0, 1).T
+        return (fixed(self.factor(step)) * likeness).log_softmax(dim=-1)
+
     def spread_loss(self, step: Step, prompts: Tensor) -> Tensor:
-        text, scale = class_embeddings(prompts), self.factor(step)
-        scale = scale.detach() if isinstance(scale, Tensor) else scale
-        likeness = scale * text @ text.T  # (classes, classes)
+        text = class_embeddings(prompts)
+        likeness = fixed(self.factor(step)) * text @ text.T  # (classes, classes)
         return self.spread * F.cross_entropy(likeness, torch.arange(len(text), device=text.device))
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -238,3 +251,8 @@ class Classification(Objective):
 def class_embeddings(prompts: Tensor) -> Tensor:
     """Embeddings of prompts (classes, prompts, D) -> of classes (classes, D): averaged, and of length one."""
     return F.normalize(prompts.mean(dim=1), dim=-1)
+
+
+def fixed(scale: Tensor | float) -> Tensor | float:
+    """A temperature that no gradient reaches."""
+    return scale.detach() if isinstance(scale, Tensor) else scale

@@ -6,21 +6,27 @@ from collections.abc import Sequence
 
 from img2vid.plots.canvas import LINE, Figure
 
+MOST_FRAMES = 16  # beside each other
+
 
 def attention_figure(frames, rows: dict, frame_to_frame=None, title: str = "") -> Figure:
     """Frames (T, H, W, 3), and below them maps (T, h, w) by name: bright where much is looked at, dark where little.
 
     Each row has its own scale, from its smallest value to its largest. ``frame_to_frame`` (T, T) stands beside the row
-    ``temporal``.
+    ``temporal``. Of more than ``MOST_FRAMES`` some are shown, under their own numbers.
     """
-    columns = len(frames) + (frame_to_frame is not None)
+    shown = range(len(frames))
+    if len(frames) > MOST_FRAMES:  # evenly, the first and the last among them
+        shown = [round(i * (len(frames) - 1) / (MOST_FRAMES - 1)) for i in range(MOST_FRAMES)]
+    columns = len(shown) + (frame_to_frame is not None)
     figure = Figure(figsize=(1.6 * columns + 1, 1.7 * (1 + len(rows))), layout="constrained")
     axes = figure.subplots(1 + len(rows), columns, squeeze=False)
     height, width = frames[0].shape[:2]
-    for t, frame in enumerate(frames):
-        axes[0, t].imshow(frame)
-        axes[0, t].set_title(f"{t}", fontsize=8)
-        for axis, maps in zip(axes[1:, t], rows.values(), strict=True):
+    for column, t in enumerate(shown):
+        frame = frames[t]
+        axes[0, column].imshow(frame)
+        axes[0, column].set_title(f"{t}", fontsize=8)
+        for axis, maps in zip(axes[1:, column], rows.values(), strict=True):
             axis.imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=255)
             extent = (-0.5, width - 0.5, height - 0.5, -0.5)
             axis.imshow(maps[t], vmin=maps.min(), vmax=maps.max(), extent=extent, cmap="inferno", alpha=0.65)

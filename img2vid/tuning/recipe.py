@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from img2vid.model import VideoModel, VideoTextModel
+from img2vid.tuning.groups import TuningError
 from img2vid.tuning.optimizers import build_optimizer, parameter_groups
 from img2vid.tuning.schedules import build_schedule
 
@@ -47,20 +50,22 @@ class Tuning:
     l1: float = 0.0
     l2: float = 0.0
 
-    def build(self, model: VideoModel | VideoTextModel, total_steps: int) -> tuple[Optimizer, LambdaLR]:
-        """An optimiser over what is not frozen, and the schedule to be stepped after each of its steps.
-
-        Args:
-            total_steps: optimiser steps of the whole training.
-        """
-        groups = parameter_groups(
+    def groups(self, model: VideoModel | VideoTextModel) -> list[dict[str, Any]]:
+        return parameter_groups(
             model,
             self.lr,
             multipliers=self.multipliers,
             layer_decay=self.layer_decay,
             weight_decay=self.weight_decay,
         )
-        optimizer = build_optimizer(groups, self.optimizer, betas=self.betas, momentum=self.momentum)
+
+    def build(self, model: VideoModel | VideoTextModel, total_steps: int) -> tuple[Optimizer, LambdaLR]:
+        """An optimiser over what is not frozen, and the schedule to be stepped after each of its steps.
+
+        Args:
+            total_steps: optimiser steps of the whole training.
+        """
+        optimizer = build_optimizer(self.groups(model), self.optimizer, betas=self.betas, momentum=self.momentum)
         schedule = build_schedule(
             optimizer,
             self.schedule,
@@ -71,3 +76,37 @@ class Tuning:
             factors=self.factors,
         )
         return optimizer, schedule
+
+    def check_saved(self, model: VideoModel | VideoTextModel, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Whether what an optimiser remembers can be taken over.
+
+        Args:
+            saved: its ``param_groups``, from a checkpoint.
+
+        Raises:
+            TuningError: it was another optimiser, or had other groups of parameters.
+        """
+        was = "adamw" if "betas" in saved[0] else "sgd"
+        ours, theirs = (
+            [f"{group['name']} of {len(group['params'])} tensors" for group in groups]
+            for groups in (self.groups(model), saved)
+        )
+        if was != self.optimizer or ours != theirs:
+            raise TuningError(
+                f"The checkpoint was made by {was} with the groups {', '.join(theirs)}. This run has {self.optimizer} "
+                f"with {', '.join(ours)}, so what was remembered of each weight belongs to another. Resume with the "
+                "same optimizer, freeze and layer_decay, or begin anew from saved weights: start_from."
+            )
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Rates, weight decay and the like of each group."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def put_back(settings: Sequence[Mapping[str, Any]], optimizer: Optimizer, schedule: LambdaLR) -> None:
+    """Settings that loading a state dict has exchanged for its own; the schedule goes on from where it is."""
+    schedule.base_lrs = [group["initial_lr"] for group in settings]
+    for group, given, factor in zip(optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
+        group.update({**given, "lr": given["initial_lr"] * factor(schedule.last_epoch)})
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]

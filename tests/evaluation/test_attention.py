@@ -1,5 +1,6 @@
 """Maps against the attention the model really uses, and a planted moving dot."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,6 +13,7 @@ from img2vid.evaluation.capture import Recorder, capturing, weights_of
 from img2vid.evaluation.dot import brightest, dot_seeker, self_test
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.layers import branch_ratios
+from img2vid.plots import attention_figure
 from tests.census.models import load_full_size, load_small
 from tests.conftest import randomize, small_clip, small_vit
 
@@ -274,6 +276,16 @@ def test_what_is_no_share_is_refused_by_name_and_time_is_still_shown():
 def test_one_clip_is_asked_for():
     with pytest.raises(EvaluationError, match="Expected one clip"):
         attention_maps(img2vid.convert(small_vit(), num_frames=2), torch.randn(2, 2, 3, 32, 32))
+
+
+def test_frames_are_drawn_under_their_own_numbers():
+    maps = torch.rand(40, 2, 2)
+    figure = attention_figure(np.zeros((40, 8, 8, 3)), {"spatial": maps, "temporal": maps}, torch.rand(40, 40))
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title().isdecimal()]
+    assert len(titles) == 16 and titles[0] == "0" and titles[-1] == "39"
+    drawn = figure.axes[17 + 15].images[1].get_array()  # the last frame of the second row of 17
+    assert np.array_equal(drawn, maps[39])
+    assert np.array_equal(figure.axes[2 * 17 + 16].images[0].get_array().shape, (40, 40))
 
 
 def test_command(nano_folder, motion, tmp_path, capsys):

@@ -58,6 +58,25 @@ def test_unpacked_once_and_again_when_a_shard_changes(folder, tmp_path):
     assert len(again) == 6 and Path(again.rows[5].path).read_bytes() == b"other"
 
 
+def test_any_order_and_any_folder_of_members(folder, tmp_path):
+    """`tar cf 0.tar ./*` writes "./7.mp4", folders may hold dots, and a tar need not keep a sample together."""
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for name, number in (("./a", 0), ("v1.0/a", 1), ("b", 2)):
+            add(tar, f"{name}.cls", str(number).encode())
+        for name, content in (("b", b"third"), ("v1.0/a", b"second"), ("./a", b"first")):
+            add(tar, f"{name}.mp4", content)
+    rows = gather_lists([folder], unpack_to=tmp_path / "u").videos.rows[:3]
+    assert [(row.label, Path(row.path).read_bytes()) for row in rows] == [(0, b"first"), (1, b"second"), (2, b"third")]
+
+
+def test_a_sample_without_a_video_is_missing_and_not_forgotten(folder, nano_folder, tmp_path, capsys):
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        add(tar, "lost.cls", b"0")
+    given = ["--model", str(nano_folder), "--data", str(folder), "--cache", str(tmp_path / "c"), "--num-workers", "0"]
+    assert cli(["eval", "zero-shot", *given, "--out", str(tmp_path / "z.json")]) == 0
+    assert "5 of 6 videos; 1 missing: " in capsys.readouterr().out
+
+
 def test_members_cannot_leave_the_folder(folder, tmp_path):
     with tarfile.open(folder / "test" / "0.tar", "w") as tar:
         add(tar, "../../evil.mp4", b"x")

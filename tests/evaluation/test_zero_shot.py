@@ -1,6 +1,7 @@
 """The whole way from files to a result, against the way written out by hand."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.prompts import template_hash
 from img2vid.evaluation.protocols import gather_lists
 from img2vid.evaluation.reading import Views
+from img2vid.evaluation.tables import counted
 from img2vid.evaluation.zero_shot import zero_shot
 from tests.conftest import small_vit
 from tests.evaluation.conftest import CPU
@@ -203,7 +205,7 @@ def test_texts_that_fail_do_so_before_any_video_is_read(nano, motion, monkeypatc
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (["--num-frames", "0"], "expected numbers above 0"),
+        (["--num-frames", "0"], "above 0: ClipSampler(num_frames=0"),
         (["--backend", "av"], "backend='av': expected one of auto, pyav"),
         (["--device", "cuda:63"], "device='cuda:63' cannot be used"),
         (["--device", "gpu"], "device='gpu' cannot be used"),
@@ -221,6 +223,25 @@ def test_a_result_that_could_not_be_written_is_said_first(nano_folder, digits, t
     out = ["--out", str(tmp_path / "file" / "result.json")]
     assert cli(["eval", "zero-shot", *arguments(nano_folder, digits, tmp_path, *out)]) == 2
     assert "file" in capsys.readouterr().err
+
+
+def test_rows_that_repeat_a_video_are_counted(nano, digits, tmp_path):
+    twice = tmp_path / "twice.csv"
+    rows = [row for row in read_list(digits).rows if row.label is not None]
+    names = read_list(digits).class_names
+    write_manifest([Row(row.path, names[row.label]) for row in [*rows[:4], rows[0]]], twice)
+    data = run(nano, twice)["data"]
+    assert data["repeated"] == 1 and "1 rows repeat a video" in counted(data)
+
+
+def test_docs_example_runs(nano_folder, motion, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "convert").mkdir(parents=True)
+    (tmp_path / "runs" / "convert" / "nano_clip").symlink_to(nano_folder)
+    (tmp_path / "motion").symlink_to(motion)
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.S)
+    exec(compile(example, "docs/evaluation.md", "exec"), {})
+    assert "'interval'" in capsys.readouterr().out
 
 
 def arguments(nano_folder, digits, tmp_path, *more):

@@ -4,6 +4,8 @@ Each works on a state dict under the dialect's own names, in the dialect's own t
 originals reshape; nothing here is shared with img2vid.
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -88,6 +90,11 @@ def timesformer(state, clip, heads, depth, attention, names=ORIGINAL):
     num_frames = len(clip)
     pos = state[f"{root}pos_embed"][0]
     frames = torch.stack([patches(state, names["conv"], frame) for frame in clip])  # (T, N, D)
+    if len(pos) != 1 + frames.shape[1]:  # another image size: positions of the nearest patches, in two dimensions
+        side, height = math.isqrt(len(pos) - 1), clip.shape[-2] // state[names["conv"] + ".weight"].shape[-1]
+        grid = pos[1:].T.reshape(1, -1, side, side)
+        grid = F.interpolate(grid, size=(height, frames.shape[1] // height), mode="nearest")
+        pos = torch.cat([pos[:1], grid[0].flatten(1).T])
     cls, x = state[f"{root}cls_token"][0] + pos[:1], (frames + pos[1:]).transpose(0, 1)  # (1, D), (N, T, D)
     if attention != "space_only":
         time = state[f"{root}time_embed"]

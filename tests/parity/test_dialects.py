@@ -1,6 +1,7 @@
 """Published video checkpoints: imported, they compute what an independent implementation computes; exported, they are
 the same file again."""
 
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 import img2vid
+from img2vid.model import VideoModel
 from tests.conftest import randomize
 from tests.parity import made, restated
 from tests.parity.made import DEPTH, HEADS
@@ -122,6 +124,22 @@ def test_other_numbers_of_frames_are_the_originals_nearest(tmp_path):
         torch.testing.assert_close(answers(model, clips), expected, **CLOSE)
 
 
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (16, 32), (40, 24)])
+def test_other_image_sizes_are_the_originals_nearest(height, width, tmp_path):
+    state = made.timesformer(num_frames=3)
+    model = img2vid.import_checkpoint(saved(tmp_path / "a.pyth", state), num_heads=HEADS)
+    model.save_pretrained(tmp_path / "ours")
+    clips = torch.randn(2, 3, 3, height, width)
+    expected = oracle(lambda c: restated.timesformer(state, c, HEADS, DEPTH, "divided_space_time"), clips)
+    for imported in (model, img2vid.load(tmp_path / "ours")):
+        torch.testing.assert_close(answers(imported, clips), expected, **CLOSE)
+    config = dataclasses.replace(model.config, quirks=["drop_path_before_gate"])
+    smooth = VideoModel(img2vid.load_backbone(config.backbone, image_size=(32, 32), random_weights=True,
+                                              arguments=config.backbone_args).tower.module, config).eval()  # fmt: skip
+    smooth.load_state_dict(model.state_dict())
+    assert not torch.allclose(answers(smooth, clips), expected, atol=1e-3)
+
+
 # ---- restated forwards as the oracle
 
 
@@ -208,6 +226,7 @@ def test_lavila_without_clip_has_the_plain_tower(tmp_path):
         return restated.linear(state, "image_projection.0", feature)
 
     torch.testing.assert_close(answers(model, clips), oracle(forward, clips), **CLOSE)
+    assert model.tower.preprocess.mean == (0.485, 0.456, 0.406)  # OpenAI's variants have statistics of their own
 
 
 def test_lavila_classifier(tmp_path):
