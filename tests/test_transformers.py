@@ -404,3 +404,31 @@ def test_references_are_copies_that_share_weights():
     asked = as_reference(reference)
     assert asked is not reference and not hasattr(reference, "encode_text") and hasattr(asked, "encode_text")
     assert asked.logit_scale is reference.logit_scale
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel", "BlipForImageTextRetrieval"])
+def test_evaluation_measures_in_the_space_of_texts(name):
+    from img2vid.evaluation.conditions import Condition, represent
+
+    model, clips = img2vid.convert(make(name)), torch.randn(2, 3, 3, 32, 32)
+    randomize(model.visual, std=0.05)
+    opened = represent(model, clips, Condition(gates="open"), "features")
+    assert torch.equal(opened, model.encode_video(clips).detach())
+    with torch.no_grad(), model.gates_closed():
+        expected = model.encode_video(clips)
+    closed = represent(model, clips, Condition(gates="closed"), "features")
+    torch.testing.assert_close(closed, expected, rtol=0, atol=1e-5)
+
+
+def test_cards_speak_of_what_the_model_is():
+    from img2vid.checkpoints.card import model_card
+
+    model = img2vid.convert(make("BlipForConditionalGeneration"))
+    assert "caption(model, clips" in model_card(model, None) and "encode_text" not in model_card(model, None)
+    assert "pipeline_tag: image-to-text" in model_card(model, None)
+
+
+def test_a_folder_without_its_library_is_told(tmp_path):
+    make("ViTModel").save_pretrained(tmp_path / "vit")
+    with pytest.raises(BackboneError, match="folder of transformers: --backbone hf:"):
+        img2vid.convert(str(tmp_path / "vit"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 
@@ -130,6 +131,8 @@ def parse_name(name: str) -> BackboneName:
 
 def what_it_is(name: str) -> str:
     """What an unknown name seems to be: a folder, a file, or a slip of the hand."""
+    if is_of_transformers(os.path.join(name, "config.json")):
+        return f" It is a folder of transformers: --backbone hf:{name}."
     if os.path.isfile(os.path.join(name, "config.json")) and os.path.isfile(os.path.join(name, "model.safetensors")):
         return (
             f" There is a model folder there. A folder of img2vid already is a video model: img2vid.load({name!r}) in "
@@ -138,13 +141,19 @@ def what_it_is(name: str) -> str:
         )
     if os.path.isfile(os.path.join(name, "open_clip_config.json")):
         return f" It is a folder of open_clip: --backbone open_clip:local-dir:{name}."
-    if os.path.isfile(os.path.join(name, "config.json")):
-        return f" If it is a folder of transformers: --backbone hf:{name}."
     if os.path.isdir(name):
         return " It is a folder, and holds no model."
     if os.path.isfile(name):
         return " It is a file: give its architecture with --backbone, and the file with --weights."
     return nearest(name, every_name()) if len(name) < 200 else ""
+
+
+def is_of_transformers(path: str) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return "model_type" in json.load(file)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def every_name() -> list[str]:
