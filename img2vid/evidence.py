@@ -85,8 +85,9 @@ def compare(
     clips = make_clips(video, kind, num_steps, generator, size)
     with recorded([block for _, block in video.tower.blocks]) as layers:
         frame_features = video.frame_features(clips)
-    with recorded([block for _, block in describe(image).blocks]) as expected_layers:
-        expected = first(image(central_frames(video, clips))).unflatten(0, (len(clips), num_steps))
+    tower = describe(image)
+    with recorded([block for _, block in tower.blocks]) as expected_layers:
+        expected = first(tower.call(image, central_frames(video, clips))).unflatten(0, (len(clips), num_steps))
     return Comparison(
         kind=kind,
         num_frames=clips.shape[1],

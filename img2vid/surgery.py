@@ -9,18 +9,13 @@ from torch import nn
 
 from img2vid.backbones.any_size import can_take_nearest
 from img2vid.backbones.dropping import PATCH_DROPOUTS, drop_path_rate
-from img2vid.backbones.reading import (
-    attention_steps,
-    block_kind,
-    child,
-    has_steps,
-    read_block,
-    residual_modules,
-)
+from img2vid.backbones.reading import block_kind, child, read_block, residual_modules
+from img2vid.backbones.steps import attention_steps, has_steps
 from img2vid.backbones.tower import ImageTower
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import inflate_to_tubelets
+from img2vid.temporal.infront import own_class
 from img2vid.temporal.insertion import insert_temporal_attention
 from img2vid.temporal.joint import make_joint
 from img2vid.temporal.prefix import AttendToAllFrames, AveragePrefix, DrawPrefixOnce
@@ -113,7 +108,7 @@ def share_prefix_tokens(tower: ImageTower, config: VideoConfig, clip: ClipContex
 def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
     block = tower.blocks[0][1]
     kind = block_kind(block)
-    name, is_rotary = type(block).__name__, "rotary" in tower.position
+    name, is_rotary = own_class(block).__name__, "rotary" in tower.position
     if config.tubelet_size > 1 and tower.patch_conv is None:
         raise ConfigError(
             f"tubelet_size={config.tubelet_size}, but this backbone's patches do not come from one plain convolution, "

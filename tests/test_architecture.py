@@ -22,18 +22,14 @@ TIERS = [
     {"temporal"},
     {"backbones"},
     {"surgery", "clips"},
-    {"reloading"},
+    {"reloading", "origins"},
     {"checkpoints.saving"},
     {"model"},
     {"evidence", "tuning", "footprint"},
     {"liveness"},
     {"certificate", "movement", "checkpoints", "grafts"},
-<<<<<<< HEAD
     {"programs"},
-    {"inspection", "convert", "interpolation", "evaluation", "export"},
-=======
-    {"inspection", "convert", "consolidate", "interpolation", "evaluation", "export"},
->>>>>>> main
+    {"inspection", "convert", "consolidate", "interpolation", "evaluation", "export", "captioning"},
     {"averaging", "callbacks", "stopping", "estimate"},
     {"training"},
     {"fit"},

@@ -92,6 +92,8 @@ def represent(model: VideoModel | VideoTextModel, clips: Tensor, condition: Cond
         with video.gates_closed():
             x = first(video.frame_features(steps))  # (B*S, 1, D)
         x = x.squeeze(1).unflatten(0, (len(clips), -1))  # (B, S, D)
+    if isinstance(model, VideoTextModel):
+        x = model.to_text_space(x)
     if level == "frames":
         return x
     x = video.pool(x)
