@@ -166,12 +166,13 @@ def measure_stray(video: VideoModel, clips: Tensor) -> dict[str, float]:
 
     def look(path: str, block: SpaceTimeBlock, args: tuple[Any, ...]) -> None:
         x = args[0]  # (B*T, P + N, D)
-        position = (max(block.num_shared_tokens, block.num_clip_keys) + x.shape[1]) // 2
+        num_clip_keys = getattr(block.temporal_attn, "num_clip_keys", 0)  # of the quirk prefix_in_time
+        position = (max(block.num_shared_tokens, num_clip_keys) + x.shape[1]) // 2
         elsewhere = torch.arange(x.shape[1], device=x.device) != position
         swapped = swap_others(rearrange(x, "(b t) n d -> b t n d", t=video.clip.num_frames)).flatten(0, 1)
         swapped[:, elsewhere] = x[:, elsewhere]
         change = block.temporal_residual(swapped) - block.temporal_residual(x)
-        elsewhere[: block.num_clip_keys] = False  # which attend to all positions by design (quirk prefix_in_time)
+        elsewhere[:num_clip_keys] = False  # which attend to all positions by design
         moved[path] = float(change[:, elsewhere].abs().sum())
 
     hooks = [

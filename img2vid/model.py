@@ -246,7 +246,7 @@ class VideoModel(Overlay, Fusing, Saving):
                 put_in_front(block, CheckpointedBlock)
                 block.clip = self.clip
             elif is_on and not enable:
-                take_from_front(block)
+                take_from_front(block, CheckpointedBlock)
 
 
 class VideoTextModel(Overlay, Fusing, Saving):
