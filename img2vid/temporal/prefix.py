@@ -96,9 +96,10 @@ class AttendToAllFrames:
     def __init__(self, clip: ClipContext, num_prefix_tokens: int, read: Callable[[nn.Module], AttentionSteps]) -> None:
         self.clip, self.num_prefix_tokens, self.read = clip, num_prefix_tokens, read
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
         steps, num_prefix, num_frames = self.read(module), self.num_prefix_tokens, self.clip.num_frames
-        x = rearrange(args[0], "(b t) n d -> b t n d", t=num_frames)  # n: prefix and patches, already normalised
+        tokens = args[0] if args else kwargs["hidden_states"]  # as transformers calls it
+        x = rearrange(tokens, "(b t) n d -> b t n d", t=num_frames)  # n: prefix and patches, already normalised
         patches = rearrange(x[:, :, num_prefix:], "b t n d -> b (t n) d")
         x = torch.cat([x[:, 0, :num_prefix], patches], dim=1)  # (B, P + T*N, D)
         q, k, v = rearrange(steps.qkv(x), "b s (qkv h d) -> qkv b h s d", qkv=3, h=steps.num_heads)
