@@ -41,6 +41,9 @@ def insert_time(tower: ImageTower, config: VideoConfig, clip: ClipContext) -> En
         blocks[-1].register_forward_hook(AveragePrefix(clip, sys.maxsize))  # all tokens
     if config.tubelet_size > 1:
         inflate_to_tubelets(tower.patch_conv, config.tubelet_size, config.tubelet_init)
+        for parent in tower.module.modules():  # transformers counts channels before its convolution does
+            if hasattr(parent, "num_channels") and any(child is tower.patch_conv for child in parent.children()):
+                parent.num_channels *= config.tubelet_size
     if config.attention == "joint_space_time":
         for block in blocks:
             make_joint(block, clip, num_shared_tokens(tower, config))
@@ -98,7 +101,8 @@ def share_prefix_tokens(tower: ImageTower, config: VideoConfig, clip: ClipContex
     for _, block in tower.blocks:
         if config.prefix_mode == "global":
             attention = child(block, block_kind(block).attn)
-            attention.register_forward_hook(AttendToAllFrames(clip, num_shared, attention_steps))
+            attend = AttendToAllFrames(clip, num_shared, attention_steps)
+            attention.register_forward_hook(attend, with_kwargs=True)
         else:
             for module in residual_modules(block):
                 module.register_forward_hook(AveragePrefix(clip, num_shared))

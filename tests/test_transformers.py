@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import re
 import sys
 
@@ -157,16 +158,51 @@ def test_three_acts(name):
     assert torch.equal(video_feature(model, clips), moved)
 
 
-@pytest.mark.parametrize("settings", [{}, {"prefix_mode": "shared"}, {"attention": "joint_space_time"}], ids=str)
-@pytest.mark.parametrize("name", ALL)
+MODES = [
+    {},
+    {"prefix_mode": "shared"},
+    {"prefix_mode": "global"},
+    {"attention": "joint_space_time"},
+    {"attention": "factorised_encoder"},
+    {"tubelet_size": 2, "tubelet_init": "average", "num_frames": 4},
+]
+
+
+@pytest.mark.parametrize("settings", MODES, ids=str)
+@pytest.mark.parametrize("name", [*WITH_TEXT, "BlipVisionModel", "ViTModel", "Dinov2WithRegistersModel"])
 def test_the_certificate_holds_against_an_untouched_module(name, settings):
     reference = make(name)
-    model = img2vid.convert(copy.deepcopy(reference), num_frames=2, **settings)
+    model = img2vid.convert(copy.deepcopy(reference), **{"num_frames": 2, **settings})
     before = type(reference)
     certificate = img2vid.certify(model, reference, num_frames=[1, 2], at_step_0=True)
     assert certificate.ok, str(certificate)
     assert type(reference) is before  # certifying does not change what the reference is
     assert (certificate.text_difference == 0.0) == hasattr(model.base, "encode_text")
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n not in ("SiglipModel", "SiglipVisionModel")])
+@torch.no_grad()
+def test_a_global_prefix_sees_all_frames_as_keys(name):
+    """The steps agree with transformers' own attention: at T = 1 nothing but rounding differs."""
+    reference = make(name)
+    model = img2vid.convert(copy.deepcopy(reference), prefix_mode="global")
+    clips = torch.randn(2, 1, 3, 32, 32)
+    torch.testing.assert_close(video_feature(model, clips), published(reference, clips[:, 0]), rtol=0, atol=1e-5)
+    moving = torch.randn(2, 3, 3, 32, 32)
+    apart = published(reference, moving.flatten(0, 1)).unflatten(0, (2, 3)).mean(dim=1)
+    assert (video_feature(model, moving) - apart).abs().max() > 1e-4
+
+
+def test_models_are_copied_and_pickled():
+    model, clips = img2vid.convert(make("CLIPModel")), torch.randn(1, 2, 3, 32, 32)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.encode_video(clips), model.encode_video(clips))
+        assert twin.get_image_features(pixel_values=clips).pooler_output.shape == (1, 20)
+
+
+def test_precision_is_kept():
+    model = img2vid.convert(make("CLIPModel"), num_frames=2, dtype="bfloat16")
+    assert img2vid.certify(model, make("CLIPModel").to(torch.bfloat16), num_frames=[1, 2]).ok
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -370,8 +406,9 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(Img2VidError, match="prefix_mode='global'"):
-        img2vid.convert(make("CLIPModel"), prefix_mode="global")
+    with pytest.raises(BackboneError, match="of frames, not of clips"):
+        clips = torch.randn(1, 2, 3, 32, 32)
+        img2vid.convert(make("CLIPModel")).get_image_features(pixel_values=clips, output_hidden_states=True)
     with pytest.raises(BackboneError, match="without its pooling head"):
         config = transformers.SiglipVisionConfig(**IMAGE, vision_use_head=False)
         img2vid.convert(transformers.SiglipVisionModel(config))
@@ -432,3 +469,17 @@ def test_a_folder_without_its_library_is_told(tmp_path):
     make("ViTModel").save_pretrained(tmp_path / "vit")
     with pytest.raises(BackboneError, match="folder of transformers: --backbone hf:"):
         img2vid.convert(str(tmp_path / "vit"))
+
+
+@torch.no_grad()
+def test_texts_are_filled_up_as_in_training(tmp_path):
+    """BLIP's text tower must not see what fills up a shorter text, so whatever stands beside a text changes nothing."""
+    make("BlipForImageTextRetrieval").save_pretrained(tmp_path / "blip")
+    words = ["[PAD]", *(f"word{i}" for i in range(1, 96)), "[SEP]", "[CLS]", "[UNK]"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "blip")
+    model = img2vid.convert(f"hf:{tmp_path / 'blip'}")
+    tokens = model.tokenize(["word3", "word4 word5 word6"])
+    assert tokens.tolist() == [[97, 3, 96, 0, 0], [97, 4, 5, 6, 96]]
+    alone = model.encode_text(model.tokenize("word3"))
+    torch.testing.assert_close(model.encode_text(tokens)[:1], alone, rtol=0, atol=1e-5)

@@ -281,21 +281,37 @@ def tower_of(model: nn.Module) -> nn.Module:
 
 
 def tokenizer(name: BackboneName) -> Callable[[list[str]], Tensor]:
-    """A callable from n texts to token ids (n, L), padded as the model's texts were in training."""
+    """A callable from n texts to token ids (n, L), filled up as the model's texts were in training."""
     loaded = load_tokenizer(name)
-    is_siglip = "siglip" in type(loaded).__name__.lower()
-    length = 64 if is_siglip else min(loaded.model_max_length, 512)
-
-    def tokenize(texts: list[str]) -> Tensor:
-        how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        return loaded(texts, **how)["input_ids"]
-
-    return tokenize
+    kind = type(loaded).__name__.lower()
+    if "clip" in kind or "siglip" in kind:  # to one length, of which nothing is hidden from the text tower
+        how: dict[str, Any] = {"padding": "max_length", "max_length": min(loaded.model_max_length, 77)}
+        if "siglip" in kind:
+            how["max_length"] = 64
+    else:
+        how = {"padding": "longest", "max_length": min(loaded.model_max_length, 512)}
+    return lambda texts: loaded(texts, truncation=True, return_tensors="pt", **how)["input_ids"]
 
 
 def load_tokenizer(name: BackboneName) -> Any:
+    """
+    Raises:
+        BackboneError: it is not in the folder, or cannot be had from the hub.
+    """
     from transformers import AutoTokenizer
 
+    place = name.architecture
+    if os.path.isabs(place):
+        if not os.path.isdir(place):
+            raise BackboneError(f"There is no folder {place}, where the tokenizer was. Give another with --tokenizer.")
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except Exception as error:  # of many kinds, by what of the tokenizer's files is missing
+            reason = str(error).strip().splitlines()[0]
+            raise BackboneError(
+                f"{place} holds no tokenizer that transformers can load ({reason}). Put its files there, or give "
+                "another folder with --tokenizer."
+            ) from error
     ways_out = (LOCAL_WAY, ONLINE, "or make token ids yourself, with the tokenizer the text tower was trained with")
     with building(str(name), {}), fetching(f"the tokenizer of {name}", ways_out):
-        return AutoTokenizer.from_pretrained(name.architecture)
+        return AutoTokenizer.from_pretrained(place)

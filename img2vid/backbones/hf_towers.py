@@ -19,6 +19,14 @@ OPENAI = Preprocess((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258
 IMAGENET = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+def pooled(output: Any) -> Tensor:
+    return output.pooler_output
+
+
+def projected(output: Any) -> Tensor:
+    return output.image_embeds
+
+
 @dataclass(frozen=True)
 class TowerKind:
     """Where an image model of transformers keeps its parts; attribute paths."""
@@ -29,7 +37,7 @@ class TowerKind:
     conv: str = "patch_embedding"
     num_class_tokens: int = 1
     always_resamples: bool = False  # positions fit any image unasked
-    feature: Callable[[Any], Tensor | None] = lambda output: output.pooler_output
+    feature: Callable[[Any], Tensor] = pooled
 
 
 def class_token(output: Any) -> Tensor:
@@ -49,7 +57,7 @@ HF_CONV = "patch_embeddings.projection"
 TOWERS: dict[str, TowerKind] = {
     "CLIPVisionModel": CLIP,
     "CLIPVisionModelWithProjection": TowerKind(
-        "vision_model.encoder.layers", OPENAI, "vision_model.embeddings", feature=lambda output: output.image_embeds
+        "vision_model.encoder.layers", OPENAI, "vision_model.embeddings", feature=projected
     ),
     "SiglipVisionModel": TowerKind("encoder.layers", Preprocess(), num_class_tokens=0),
     # its pooler_output is normalised twice, and none of BLIP's own models use that

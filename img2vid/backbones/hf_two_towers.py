@@ -76,6 +76,8 @@ class BlipTowers(TwoTowers):
         return self.vision_proj(features)
 
     def encode_text(self, text: Tensor, normalize: bool = False, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is None:  # unlike CLIP and SigLIP, it was trained with what fills up a text hidden
+            attention_mask = (text != self.config.text_config.pad_token_id).long()
         tokens = self.text_encoder(input_ids=text, attention_mask=attention_mask).last_hidden_state  # (B, L, D)
         features = self.text_proj(tokens[:, 0])
         return nn.functional.normalize(features, dim=-1) if normalize else features
@@ -120,6 +122,11 @@ class AnswersTransformers(InFront):
     def forward(self, clips: Tensor | None = None, *, pixel_values: Tensor | None = None, **others: Any) -> Any:
         if pixel_values is None:
             return super().forward(clips)
+        asked = [name for name in ("output_hidden_states", "output_attentions") if others.get(name)]
+        if asked:
+            raise BackboneError(
+                f"{' and '.join(asked)}: what lies inside the tower is of frames, not of clips; use hooks."
+            )
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         feature, tokens = super().forward(pixel_values)  # (B, D), (B, P + N, D): means over frames

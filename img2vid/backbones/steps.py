@@ -12,7 +12,7 @@ from timm.models import eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from img2vid.backbones.reading import row, separate_bias
+from img2vid.backbones.reading import row, separate_bias, separate_linears
 from img2vid.temporal.prefix import AttentionSteps
 
 
@@ -65,12 +65,45 @@ def multihead_steps(attn: nn.MultiheadAttention) -> AttentionSteps:
     )
 
 
+def separate_steps(attn: nn.Module) -> AttentionSteps:
+    """transformers, with a projection each for queries, keys and values."""
+    read = separate_linears(attn)
+    drop = attn.dropout if hasattr(attn, "dropout") else attn.attention_dropout
+    return AttentionSteps(
+        num_heads=read["num_heads"],
+        scale=read["scale"],
+        qkv=lambda x: torch.cat([attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)], dim=-1),
+        q_norm=nn.Identity(),
+        k_norm=nn.Identity(),
+        out=attn.out_proj if hasattr(attn, "out_proj") else attn.o_proj,
+        drop=drop if attn.training else 0.0,
+    )
+
+
+def blip_steps(attn: nn.Module) -> AttentionSteps:
+    return AttentionSteps(
+        num_heads=attn.num_heads,
+        scale=attn.scale,
+        qkv=attn.qkv,
+        q_norm=nn.Identity(),
+        k_norm=nn.Identity(),
+        out=attn.projection,
+        drop=attn.dropout.p if attn.training else 0.0,
+    )
+
+
 # plain attentions that prefix_mode="global" can compute a second time over the patches of all frames
-STEPS: dict[type[nn.Module], Callable[[Any], AttentionSteps]] = {
+STEPS: dict[type[nn.Module] | str, Callable[[Any], AttentionSteps]] = {
     timm.layers.Attention: fused_steps,
     eva.EvaAttention: eva_steps,
     nn.MultiheadAttention: multihead_steps,
     open_clip_transformer.Attention: multihead_steps,
+    "transformers.CLIPAttention": separate_steps,
+    "transformers.SiglipAttention": separate_steps,
+    "transformers.ViTAttention": separate_steps,
+    "transformers.Dinov2Attention": separate_steps,
+    "transformers.Dinov2WithRegistersAttention": separate_steps,
+    "transformers.BlipAttention": blip_steps,
 }
 
 

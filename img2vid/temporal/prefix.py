@@ -102,10 +102,11 @@ class AttendToAllFrames:
         self.clip, self.num_prefix_tokens, self.read = clip, num_prefix_tokens, read
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | tuple[Any, ...]
     ) -> Tensor | tuple[Any, ...]:
         steps, num_prefix, num_frames = self.read(module), self.num_prefix_tokens, self.clip.num_frames
-        x = rearrange(args[0], "(b t) n d -> b t n d", t=num_frames)  # n: prefix and patches, already normalised
+        tokens = args[0] if args else kwargs["hidden_states"]  # as transformers calls it
+        x = rearrange(tokens, "(b t) n d -> b t n d", t=num_frames)  # n: prefix and patches, already normalised
         patches = rearrange(x[:, :, num_prefix:], "b t n d -> b (t n) d")
         x = torch.cat([x[:, 0, :num_prefix], patches], dim=1)  # (B, P + T*N, D)
         q, k, v = rearrange(steps.qkv(x), "b s (qkv h d) -> qkv b h s d", qkv=3, h=steps.num_heads)
