@@ -28,12 +28,8 @@ TIERS = [
     {"evidence", "tuning", "footprint"},
     {"liveness"},
     {"certificate", "movement", "checkpoints", "grafts"},
-<<<<<<< HEAD
     {"programs"},
-    {"inspection", "convert", "interpolation", "evaluation", "export"},
-=======
     {"inspection", "convert", "consolidate", "interpolation", "evaluation", "export"},
->>>>>>> main
     {"averaging", "callbacks", "stopping", "estimate"},
     {"training"},
     {"fit"},
