@@ -24,8 +24,9 @@ from img2vid._version import __version__
 from img2vid.backbones.tower import classes_of
 from img2vid.checkpoints.native import main_dtype
 from img2vid.errors import Img2VidError
-from img2vid.model import VideoModel, VideoTextModel, first
+from img2vid.model import VideoModel, VideoTextModel
 from img2vid.temporal.fusing import branches
+from img2vid.temporal.pooling import first
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # the extra "export"
 METADATA = "img2vid.json"  # where torch.export and TorchScript keep what ONNX keeps in its metadata

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from img2vid.errors import Img2VidError
 from img2vid.temporal.attention import TemporalAttention
+from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.gates import TanhGate
+from img2vid.temporal.infront import InFront, put_in_front, take_from_front
 from img2vid.temporal.unchanged import is_watched, state_of
 
 BRANCHES = (("temporal_attn", "temporal_fc"), ("attn", "attn_fc"))  # attention along time, and the gate behind it
@@ -85,6 +87,18 @@ class FusedProjection(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+class FusedBlock(InFront):
+    """In front of a SpaceTimeBlock while it is fused."""
+
+    title = "Fused"
+    fused: FusedProjection
+
+    def branch(self, y: Tensor) -> Tensor:
+        if not self.fused.stands_in():
+            return super().branch(y)
+        return self.fused(self.temporal_attn.before_proj(self.temporal_norm1(y), self.clip.num_frames))
+
+
 class Fusing:
     """``fuse()`` and ``unfuse()`` of a model, on whatever branches along time it holds."""
 
@@ -100,8 +114,11 @@ class Fusing:
         if self.training:
             raise Img2VidError("fuse() is for inference and this model is in training mode: model.eval().fuse().")
         fused = 0
+        self.unfuse()
         for owner, attention, gate in branches(self):
             if can_fuse(owner, attention, gate):
+                if isinstance(owner, SpaceTimeBlock):
+                    put_in_front(owner, FusedBlock)
                 owner.fused = FusedProjection(attention, gate)
                 fused += 1
         if not fused:
@@ -115,7 +132,11 @@ class Fusing:
     def unfuse(self) -> Fusing:
         """Undo ``fuse()``; the weights have never changed."""
         for owner, _, _ in branches(self):
-            owner.fused = None
+            if isinstance(owner, FusedBlock):
+                take_from_front(owner, FusedBlock)
+                del owner.fused
+            elif not isinstance(owner, SpaceTimeBlock):
+                owner.fused = None
         return self
 
 

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from img2vid.temporal.block import SpaceTimeBlock
+from img2vid.temporal.infront import InFront
+
 
 def state_of(*tensors: Tensor) -> tuple[Any, ...]:
     """Equal as long as the tensors hold the same numbers: where they are, and how often they were written to.
@@ -54,3 +57,23 @@ class ShutGate:
         if (state := state_of(*parameters)) != self.state:
             self.is_zero, self.state = not any(bool(parameter.any()) for parameter in parameters), state
         return self.is_zero
+
+
+class SkippedWhenShut(InFront):
+    """In front of a SpaceTimeBlock: frozen at zero its branch adds +0.0 and is left out.
+
+    All numbers compare equal; a -0.0 stays one.
+    """
+
+    title = "SkippedWhenShut"
+    shut: ShutGate
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.adds_nothing():
+            return super(SpaceTimeBlock, self).forward(x, *args, **kwargs)  # the image block at once
+        return super().forward(x, *args, **kwargs)
+
+    def adds_nothing(self) -> bool:
+        if self.training and not isinstance(self.temporal_drop_path, nn.Identity):
+            return False  # it draws random numbers, and others come after it
+        return self.shut.shuts(self.temporal_fc, self.temporal_norm1, self.temporal_attn)
