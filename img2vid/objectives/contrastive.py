@@ -76,7 +76,7 @@ class Contrastive(Objective):
         if self.source == "label":
             labels = step.batch["label"].tolist()
             if min(labels) < 0:  # -1 would be the last class
-                raise ObjectiveError("A video without a label was met; text='label' needs one in every row of the list.")
+                raise ObjectiveError("A video without a label was met; text='label' needs one in every row.")
             sentences = [self.prompt.format(self.class_names[label]) for label in labels]
         else:
             sentences = list(step.batch["caption"])
