@@ -38,7 +38,7 @@ from img2vid.movement import Beginning
 from img2vid.objectives import Objective, Step, Surroundings
 from img2vid.objectives.base import is_of_text
 from img2vid.stopping import CheckpointOnException, StopBetweenSteps
-from img2vid.tuning import GradualUnfreezing, Tuning, eval_frozen, freeze, penalty
+from img2vid.tuning import GradualUnfreezing, Tuning, bound_temperature, eval_frozen, freeze, penalty
 from img2vid.tuning.recipe import put_back, settings_of
 
 
@@ -229,6 +229,16 @@ class VideoTraining(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.unfreezing is not None:
             self.unfreezing.drop_gradients(self.model, self.current_epoch)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        bound_temperature(self.model, self.beginning)
+
+    def on_validation_epoch_start(self) -> None:
+        self.objective.forget()  # the weights may be an average's
+
+    def on_test_epoch_start(self) -> None:
+        self.objective.forget()  # the weights may be another checkpoint's
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self.evaluate(batch, batch_idx, "val")

@@ -407,3 +407,28 @@ def test_a_text_tower_that_another_objective_trains_is_not_remembered():
     objective.setup(Surroundings(model, class_names=NAMES))
     objective(Step(model, batch(3)))
     assert "label" in objective.known  # one that stands still is embedded once
+
+
+def test_contrastive_refuses_what_has_no_text_of_its_own():
+    model, objective = text_model(), Contrastive(text="label")
+    objective.setup(around(model))
+    with pytest.raises(ObjectiveError, match="without a label"):  # -1 is no name for the last class
+        objective(Step(model, batch(label=torch.tensor([0, -1, 1, 2]))))
+    mixed, soft = MixClips(3)(batch()["clip"], batch()["label"])
+    with pytest.raises(ObjectiveError, match="Mixed clips"):
+        objective(Step(model, batch(clip=mixed, soft_label=soft)))
+
+
+def test_embeddings_of_classes_are_forgotten_with_the_weights_they_came_from():
+    model, inner = text_model(), Classification("text", train_text=True)
+    objective = InterpolatedWeights(WeightedSum({"classes": inner}))
+    objective.setup(around(model))
+    with torch.no_grad():
+        before = objective.predict(Step(model, batch()))
+        model.text_projection.copy_(torch.randn_like(model.text_projection))
+        objective.forget()
+        after = objective.predict(Step(model, batch()))
+    fresh = Classification("text", train_text=True)
+    fresh.setup(around(model))
+    with torch.no_grad():
+        assert torch.equal(after, fresh.predict(Step(model, batch()))) and not torch.allclose(before, after)

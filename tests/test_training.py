@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -201,6 +202,35 @@ def test_testing_what_was_trained_does_not_begin_anew(motion_set, tmp_path):
     fresh = training(Classification("text", spread=0.5, spread_steps=2))
     trainer.validate(fresh, datamodule=trainer.datamodule, verbose=False)
     assert torch.equal(fresh.model.text_projection, fresh.beginning["text_projection"])
+
+
+def test_a_test_of_another_checkpoint_asks_its_own_text_tower(motion_set, tmp_path):
+    """Class embeddings of the last validation are not those of the checkpoint that is tested."""
+    data = dict(test_list=f"{motion_set}/test.csv")
+    scores = {}
+
+    class Keep(pl.Callback):
+        def on_test_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+            with torch.no_grad():
+                scores[id(module)] = module.objective.predict(module.step_of(batch, batch["clip"].flatten(0, 1)))
+
+    module = training(how=Tuning(lr=1e-2, warmup=0), save_to=str(tmp_path / "model"))
+    trainer = fit(module, motion_set, [Keep()], default_root_dir=tmp_path, data=data)
+    other = training()
+    torch.save({"state_dict": other.state_dict(), "pytorch-lightning_version": pl.__version__}, tmp_path / "other.ckpt")
+    for one in (module, other):
+        trainer.test(one, datamodule=trainer.datamodule, ckpt_path=str(tmp_path / "other.ckpt"), verbose=False)
+    assert torch.equal(scores[id(module)], scores[id(other)])
+
+
+def test_the_temperature_stays_within_clips_bound(motion_set, tmp_path):
+    module = training(how=Tuning(lr=1.0, warmup=0, freeze=r"(?!logit_scale).*"), save_to=str(tmp_path / "model"))
+    with torch.no_grad():
+        module.model.logit_scale.fill_(4.6)
+    # the smaller the loss, the hotter: a step of 1.0 would go to 5.6
+    module.objective.forward = lambda step: {"x_loss": -step.model.logit_scale.exp() * step.video.norm() ** 2}
+    fit(module, motion_set, default_root_dir=tmp_path)
+    assert module.model.logit_scale.item() == pytest.approx(math.log(100))
 
 
 def test_losses_that_are_not_finite_stop_the_run_by_name(motion_set, tmp_path):

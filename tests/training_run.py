@@ -67,7 +67,7 @@ def run(
     """masked, mixed: draw random masks, and mix clips, which a resumed run must do again just so."""
     torch.set_num_threads(1)
     Path(out).mkdir(parents=True, exist_ok=True)
-    objectives = {"pairs": Contrastive()}
+    objectives = {} if mixed else {"pairs": Contrastive()}
     if masked:
         objectives["image"] = Distillation(0.5, tokens=0.5, mask_ratio=0.5)
     if mixed:

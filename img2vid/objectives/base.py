@@ -152,6 +152,12 @@ class Objective(nn.Module):
         """Scores (B, classes) for the labels of the list; None where the objective knows no classes."""
         return None
 
+    def forget(self) -> None:
+        """Drop what was worked out with weights that may since have been exchanged (a checkpoint, an average)."""
+        for part in self.modules():
+            if isinstance(part, Objective) and part is not self:
+                part.forget()
+
 
 class WeightedSum(Objective):
     """Any objectives, added up with weights; their losses come back weighted, each under its own name.

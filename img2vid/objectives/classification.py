@@ -253,6 +253,9 @@ class Classification(Objective):
         scores = step.video @ prompts.flatten(0, 1).T  # (B, classes * prompts)
         return self.factor(step) * scores.unflatten(1, prompts.shape[:2]).amax(dim=2)
 
+    def forget(self) -> None:
+        self.known = {}
+
     def factor(self, step: Step) -> Tensor | float:
         return step.model.logit_scale.exp() if self.scale is None else self.scale
 

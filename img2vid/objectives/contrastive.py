@@ -68,8 +68,16 @@ class Contrastive(Objective):
 
     def tokens(self, step: Step) -> Tensor:
         """What is paired with each clip, (B, L)."""
+        if "soft_label" in step.batch:
+            raise ObjectiveError(
+                "Mixed clips show two videos each, and would be paired with the text of one. Contrastive learning "
+                "needs clips as they are: set data.mixup_alpha and data.cutmix_alpha to 0."
+            )
         if self.source == "label":
-            sentences = [self.prompt.format(self.class_names[label]) for label in step.batch["label"].tolist()]
+            labels = step.batch["label"].tolist()
+            if min(labels) < 0:  # -1 would be the last class
+                raise ObjectiveError("A video without a label was met; text='label' needs one in every row.")
+            sentences = [self.prompt.format(self.class_names[label]) for label in labels]
         else:
             sentences = list(step.batch["caption"])
             if not all(sentences):

@@ -2,7 +2,7 @@
 
 from img2vid.tuning.freezing import GradualUnfreezing, eval_frozen, freeze, frozen_by
 from img2vid.tuning.groups import LayerGroup, TuningError, layer_groups
-from img2vid.tuning.optimizers import build_optimizer, parameter_groups, penalty
+from img2vid.tuning.optimizers import bound_temperature, build_optimizer, parameter_groups, penalty
 from img2vid.tuning.recipe import Tuning
 from img2vid.tuning.schedules import build_schedule
 
@@ -11,6 +11,7 @@ __all__ = [
     "LayerGroup",
     "Tuning",
     "TuningError",
+    "bound_temperature",
     "build_optimizer",
     "build_schedule",
     "eval_frozen",

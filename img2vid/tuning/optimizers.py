@@ -116,6 +116,18 @@ def penalty(model: VideoModel | VideoTextModel, *, l1: float = 0.0, l2: float = 
     return total
 
 
+@torch.no_grad()
+def bound_temperature(model: VideoModel | VideoTextModel, beginning: Mapping[str, Tensor]) -> None:
+    """Keep a learned ``logit_scale`` at log(100) at most, as CLIP does (arXiv:2103.00020, section 2.5).
+
+    Pretrained models end there, and small batches push on. One that began higher (``beginning``, its state dict then)
+    stays where it began at most; with a ``logit_bias`` (SigLIP) there is no bound.
+    """
+    scale = getattr(model, "logit_scale", None)
+    if scale is not None and scale.requires_grad and getattr(model, "logit_bias", None) is None:
+        scale.clamp_(max=max(math.log(100), float(beginning["logit_scale"])))
+
+
 def number(name: str, value: object, least: float) -> float:
     """A finite number, or an error that names it; YAML reads 1e-4 as a text."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
