@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from img2vid.backbones import describe
 from img2vid.config import VideoConfig
-from img2vid.model import VideoModel, first
+from img2vid.model import VideoModel
+from img2vid.temporal.pooling import first
 
 # What "up to rounding" may be, relative to the largest feature. Measured rounding stays an order of magnitude below,
 # broken rules an order or more above.

@@ -34,13 +34,14 @@ from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import resample_time_embed, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
+from img2vid.temporal.fusing import Fusing
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
 from img2vid.temporal.pooling import first, mean_over_frames, over
 from img2vid.weights import LoadReport
 
 
-class VideoModel(Overlay, Saving):
+class VideoModel(Overlay, Fusing, Saving):
     """An image tower that takes clips.
 
     It is laid over the image model (``img2vid.overlay``): ``self.base`` is that model, and both have the same
@@ -245,10 +246,10 @@ class VideoModel(Overlay, Saving):
                 put_in_front(block, CheckpointedBlock)
                 block.clip = self.clip
             elif is_on and not enable:
-                take_from_front(block)
+                take_from_front(block, CheckpointedBlock)
 
 
-class VideoTextModel(Overlay, Saving):
+class VideoTextModel(Overlay, Fusing, Saving):
     """A two-tower image-text model whose image tower takes clips; the text tower is untouched.
 
     Whatever the wrapped class does with images it does with clips, in its own conventions: what ``forward`` returns

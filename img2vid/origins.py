@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from img2vid.config import VideoConfig
 
 COPIED_KEYS = r"(.*\.)?temporal_(norm1|attn)\..*"
-NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_weight)"
+# graft_* are branches of a user's own, and graft_fc their gates
+NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_weight|graft_\w+(\..*)?)"
 CLASSIFIER_KEYS = r"classifier\..*"  # with num_classes; else an image model's own may be called that
 # of the new ones, those that start at zero and keep the function while they stay there
-ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight)"
+ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight|graft_fc\..*)"
 
 
 def new_keys(config: VideoConfig) -> list[str]:

@@ -19,6 +19,7 @@ from img2vid.temporal.infront import own_class
 from img2vid.temporal.insertion import insert_temporal_attention
 from img2vid.temporal.joint import make_joint
 from img2vid.temporal.prefix import AttendToAllFrames, AveragePrefix, DrawPrefixOnce
+from img2vid.temporal.quirks import add_quirks
 
 
 class Entrance(NamedTuple):
@@ -57,21 +58,20 @@ def insert_time(tower: ImageTower, config: VideoConfig, clip: ClipContext) -> En
             clip,
             init=config.temporal_init,
             gate=config.gate,
-            **quirks_of_block(tower, config, blocks[i]),
+            num_shared_tokens=0 if "prefix_in_time" in config.quirks else num_shared_tokens(tower, config),
+            drop_path=0.0 if "no_temporal_drop_path" in config.quirks else drop_path_rate(blocks[i]),
         )
+        if config.quirks:
+            add_quirks(blocks[i], **quirks_of_block(tower, config, blocks[i]))
     share_prefix_tokens(tower, config, clip)
     return Entrance(entrance(tower, config, blocks[layers[0]]), read_block(blocks[layers[0]]).dim)
 
 
 def quirks_of_block(tower: ImageTower, config: VideoConfig, block: nn.Module) -> dict[str, Any]:
-    num_shared, quirks, kind = num_shared_tokens(tower, config), config.quirks, block_kind(block)
-    in_time = "prefix_in_time" in quirks
     return {
-        "num_shared_tokens": 0 if in_time else num_shared,
-        "num_clip_keys": num_shared if in_time else 0,
-        "drop_path": 0.0 if "no_temporal_drop_path" in quirks else drop_path_rate(block),
-        "drop_before_gate": "drop_path_before_gate" in quirks,
-        "seen_by": child(block, kind.norm) if "block_input_residual" in quirks else None,
+        "num_clip_keys": num_shared_tokens(tower, config) if "prefix_in_time" in config.quirks else 0,
+        "drop_before_gate": "drop_path_before_gate" in config.quirks,
+        "seen_by": child(block, block_kind(block).norm) if "block_input_residual" in config.quirks else None,
     }
 
 

@@ -28,6 +28,7 @@ TIERS = [
     {"evidence", "tuning", "footprint"},
     {"liveness"},
     {"certificate", "movement", "checkpoints", "grafts"},
+    {"programs"},
     {"inspection", "convert", "consolidate", "interpolation", "evaluation", "export", "captioning"},
     {"averaging", "callbacks", "stopping", "estimate"},
     {"training"},

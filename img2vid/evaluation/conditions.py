@@ -18,7 +18,8 @@ from torch import Tensor
 
 from img2vid.data.order import draw_seed
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.model import VideoModel, VideoTextModel, first
+from img2vid.model import VideoModel, VideoTextModel
+from img2vid.temporal.pooling import first
 
 LEVELS = ("frames", "features", "output")
 
