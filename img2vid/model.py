@@ -286,10 +286,7 @@ class VideoTextModel(Overlay, Fusing, Saving):
         return nn.functional.normalize(features, dim=-1) if normalize else features
 
     def to_text_space(self, frame_features: Tensor) -> Tensor:
-        """What the image tower says of frames (B, T, D) -> the same where texts are.
-
-        In open_clip that is one place; in transformers a projection lies between them, outside of the image tower.
-        """
+        """Features of frames (B, T, D) -> where texts are: transformers projects outside of its image tower."""
         if not hasattr(self.base, "to_text_space"):
             return frame_features
         return self.base.to_text_space(frame_features.flatten(0, 1)).unflatten(0, frame_features.shape[:2])
