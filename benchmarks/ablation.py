@@ -53,7 +53,7 @@ def name_of(cell: dict[str, str]) -> str:
 
 def train(cell: dict[str, str], motion_set: Path, config: Path, folder: Path, shared: dict[str, Any]) -> Path:
     """Train one cell from the beginning; the folder of its logs and its model."""
-    from img2vid.fit import main as fit
+    from img2vid.training.fit import main as fit
 
     shutil.rmtree(folder, ignore_errors=True)
     settings = {

@@ -20,7 +20,8 @@ from torch import nn
 
 from img2vid.backbones import as_reference, describe
 from img2vid.errors import Img2VidError
-from img2vid.evidence import (
+from img2vid.model import VideoModel, VideoTextModel
+from img2vid.proof.evidence import (
     Comparison,
     compare,
     compare_text,
@@ -30,11 +31,10 @@ from img2vid.evidence import (
     kinds_for,
     largest,
 )
-from img2vid.guarantees import Guarantee
-from img2vid.liveness import Liveness, measure_liveness, three_acts
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.proof.guarantees import Guarantee
+from img2vid.proof.liveness import Liveness, measure_liveness, three_acts
 from img2vid.temporal.infront import own_class
-from img2vid.weights import listed
+from img2vid.weights.accounting import listed
 
 log = logging.getLogger("img2vid")  # commands show it
 

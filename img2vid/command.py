@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from img2vid.bytecount import Watcher, watching
 from img2vid.config import shown
 from img2vid.errors import Img2VidError
+from img2vid.weights.bytecount import Watcher, watching
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -210,8 +210,8 @@ def run(options: dict[str, Any]) -> int:
         from img2vid.backbones.tower import structural_copy
         from img2vid.certificate import certify
         from img2vid.checkpoints.native import check_replaceable, save
-        from img2vid.evidence import fingerprint, image_weights
         from img2vid.model import build_model
+        from img2vid.proof.evidence import fingerprint, image_weights
         from img2vid.reporting import certificate_table, parameter_table
 
         parse_name(backbone)  # a wrong name is told before a wrong folder, which may be made from it

@@ -28,7 +28,6 @@ from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError
 from img2vid.origins import COPIED_KEYS, new_keys, origin_of, zero_names
 from img2vid.overlay import Overlay
-from img2vid.reloading import load_image_weights
 from img2vid.surgery import insert_time, num_shared_tokens
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
@@ -38,7 +37,8 @@ from img2vid.temporal.fusing import Fusing
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
 from img2vid.temporal.pooling import first, mean_over_frames, over
-from img2vid.weights import LoadReport
+from img2vid.weights.accounting import LoadReport
+from img2vid.weights.reloading import load_image_weights
 
 
 class VideoModel(Overlay, Fusing, Saving):

@@ -10,9 +10,9 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
-    from img2vid.evidence import Comparison
     from img2vid.inspection import Inspection
     from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.proof.evidence import Comparison
     from img2vid.tuning import LayerGroup
 
 ORIGINS = {

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import img2vid
-from img2vid.averaging import EpochAverage, MovingAverage
 from img2vid.config import ConfigError
 from img2vid.objectives import Classification
 from img2vid.training import Tuning
+from img2vid.training.averaging import EpochAverage, MovingAverage
 from tests.training_run import fit, training
 
 

@@ -7,9 +7,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from img2vid.bytecount import watching
 from img2vid.command import Progress, with_bar
-from img2vid.weights import read_state_dict
+from img2vid.weights.accounting import read_state_dict
+from img2vid.weights.bytecount import watching
 from tests.test_weightindex import write
 
 STATE = {f"w{k}": torch.full((50_000,), float(k)) for k in range(4)}  # 4 x 200 kB

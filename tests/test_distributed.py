@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 import img2vid
-from img2vid.averaging import MovingAverage, check_averaging
 from img2vid.config import ConfigError
 from img2vid.consolidate import consolidate
+from img2vid.training.averaging import MovingAverage, check_averaging
 from tests.training_run import ROOT, command, environment, losses, run, start
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import img2vid
 from img2vid.backbones.activations import activations_of
 from img2vid.errors import BackboneError, WeightsError
-from img2vid.weights import read_weights
+from img2vid.weights.accounting import read_weights
 from tests.conftest import randomize, small_clip
 
 VISION = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192}

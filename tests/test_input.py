@@ -220,13 +220,12 @@ def test_impossible_clips_are_refused_before_the_folder_is_read(arguments, messa
 
 
 def test_certify_size_is_the_size_of_the_clips(monkeypatch, capsys):
-    import img2vid.evidence
+    import img2vid.proof.evidence
 
     seen = set()
-    make_clips = img2vid.evidence.make_clips
-    monkeypatch.setattr(
-        img2vid.evidence, "make_clips", lambda *a, **k: seen.add((clips := make_clips(*a, **k)).shape[-2:]) or clips
-    )
+    make_clips = img2vid.proof.evidence.make_clips
+    noted = lambda *a, **k: seen.add((clips := make_clips(*a, **k)).shape[-2:]) or clips  # noqa: E731
+    monkeypatch.setattr(img2vid.proof.evidence, "make_clips", noted)
     assert main([*NANO, "--certify-size", "16x24", "--certify-frames", "1", "2", "--out", "ok"]) == 0
     assert seen == {(16, 24)}
 

@@ -10,7 +10,7 @@ from img2vid.certificate import certify
 from img2vid.checkpoints.native import load_reference, recorded_fingerprint
 from img2vid.cli import main
 from img2vid.errors import WeightsError
-from img2vid.movement import Beginning, measure_movement
+from img2vid.training.movement import Beginning, measure_movement
 from tests.conftest import small_clip, small_vit
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import img2vid
-from img2vid.stopping import Terminated
+from img2vid.training.stopping import Terminated
 from tests.training_run import ROOT, command, environment, losses, run, start
 
 KINDS = {

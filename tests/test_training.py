@@ -11,14 +11,14 @@ import torch
 import yaml
 
 import img2vid
-from img2vid.averaging import MovingAverage
 from img2vid.cli import main
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.data.lists import read_list
 from img2vid.data.module import VideoData
-from img2vid.fit import TrainingCLI
 from img2vid.objectives import Classification, Contrastive
 from img2vid.training import TrainingError, Tuning, VideoTraining
+from img2vid.training.averaging import MovingAverage
+from img2vid.training.fit import TrainingCLI
 from tests.training_run import fit, training
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from img2vid.backbones.reading import ATTENTIONS, BLOCKS
 from img2vid.data.module import VideoData
-from img2vid.fit import TrainingCLI
 from img2vid.training import VideoTraining
+from img2vid.training.fit import TrainingCLI
 from tests.documents import ROOT, Block, blocks, dead_links, logs_to_stderr, missing, run_page
 
 FOLDER = ROOT / "docs" / "tutorials"

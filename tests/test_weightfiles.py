@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from img2vid.errors import WeightsError
-from img2vid.weights import load_weights, read_state_dict, read_weights
+from img2vid.weights.accounting import load_weights, read_state_dict, read_weights
 
 STATE = {"weight": torch.arange(3.0)}
 OTHER = {"weight": torch.ones(3)}

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import img2vid
 from img2vid.errors import WeightsError
-from img2vid.weights import read_state_dict
+from img2vid.weights.accounting import read_state_dict
 from tests.conftest import randomize
 
 PARTS = {"a": {"x": torch.arange(3.0), "y": torch.ones(2)}, "b": {"z": torch.zeros(4)}}

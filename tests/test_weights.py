@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from img2vid.errors import WeightsError
-from img2vid.weights import load_weights, read_state_dict
+from img2vid.weights.accounting import load_weights, read_state_dict
 
 
 class RunsCode:

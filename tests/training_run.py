@@ -13,11 +13,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from img2vid.averaging import MovingAverage
 from img2vid.config import VideoConfig
 from img2vid.data.module import VideoData
 from img2vid.objectives import Classification, Contrastive, Distillation, WeightedSum
 from img2vid.training import Tuning, VideoTraining
+from img2vid.training.averaging import MovingAverage
 
 ROOT = Path(__file__).parents[1]
 QUIET = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)

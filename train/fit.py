@@ -2,7 +2,7 @@
 
 import sys
 
-from img2vid.fit import main
+from img2vid.training.fit import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from torch import nn
 
 from img2vid.config import shown
 from img2vid.errors import BackboneError, Img2VidError
-from img2vid.weightindex import bytes_of
+from img2vid.weights.index import bytes_of
 
 log = logging.getLogger("img2vid")  # commands show it
 

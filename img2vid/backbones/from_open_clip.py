@@ -29,7 +29,7 @@ from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
 from img2vid.config import shown
 from img2vid.errors import BackboneError, WeightsError, nearest
 from img2vid.temporal.embeddings import resample_pos_embed
-from img2vid.weights import LoadReport
+from img2vid.weights.accounting import LoadReport
 
 LOCAL_WAY = "download it elsewhere, and give the folder: --backbone open_clip:local-dir:FOLDER"
 

@@ -21,7 +21,7 @@ from img2vid.backbones.timm_weights import load_file
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
 from img2vid.config import shown
 from img2vid.errors import BackboneError, nearest
-from img2vid.weights import LoadReport
+from img2vid.weights.accounting import LoadReport
 
 # Models that are called ViT-like but whose tokens do not stay in fixed columns from block to block, so that "the same
 # position in the next frame" means nothing to their blocks; or whose attention is not yet read.

@@ -25,7 +25,7 @@ from img2vid.backbones.names import BackboneName
 from img2vid.backbones.tower import Backbone, Preprocess
 from img2vid.config import shown
 from img2vid.errors import BackboneError, WeightsError, nearest
-from img2vid.weights import LoadReport, listed, read_state_dict
+from img2vid.weights.accounting import LoadReport, listed, read_state_dict
 
 LOCAL_WAY = "download it elsewhere, and give the folder: --backbone hf:FOLDER"
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from img2vid.backbones.tower import Preprocess
 from img2vid.errors import WeightsError
-from img2vid.weightindex import SUFFIX
-from img2vid.weights import read_state_dict
+from img2vid.weights.accounting import read_state_dict
+from img2vid.weights.index import SUFFIX
 
 CONFIG, PIXELS = "config.json", "preprocessor_config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")  # transformers' own names, the better one first

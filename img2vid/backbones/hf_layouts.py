@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from img2vid.keytable import State, Table, renamed, to_ours
-from img2vid.weights import matches
+from img2vid.weights.accounting import matches
+from img2vid.weights.keytable import State, Table, renamed, to_ours
 
 
 def block_rows(theirs: str, ours: str, rows: Table) -> Table:

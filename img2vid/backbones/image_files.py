@@ -12,8 +12,8 @@ from img2vid.backbones.hf_folder import read_config, read_folder, read_pixels
 from img2vid.backbones.hf_layouts import from_hf_layout, layout_of
 from img2vid.backbones.tower import Preprocess
 from img2vid.errors import WeightsError
-from img2vid.keytable import State
-from img2vid.weights import in_a_row, read_weights
+from img2vid.weights.accounting import in_a_row, read_weights
+from img2vid.weights.keytable import State
 
 OPENAI = {"input_resolution", "context_length", "vocab_size"}  # among the weights of OpenAI's CLIPs, and no other's
 DEFAULTS = {  # hidden_act, layer_norm_eps, num_attention_heads that transformers' classes have

@@ -18,7 +18,7 @@ from img2vid.backbones.timm_weights import to_timm_layout
 from img2vid.backbones.tower import ImageTower
 from img2vid.errors import WeightsError
 from img2vid.temporal.embeddings import resample_pos_embed
-from img2vid.weights import LoadReport, load_weights, short
+from img2vid.weights.accounting import LoadReport, load_weights, short
 
 # sizes that OpenAI kept among the weights, and a table that transformers once saved
 DROPPED = [

@@ -24,7 +24,7 @@ from img2vid.backbones.activations import activations_of, set_activation
 from img2vid.backbones.building import set_norm_eps
 from img2vid.backbones.image_files import ImageFile, read_image_file
 from img2vid.errors import WeightsError
-from img2vid.weights import LoadReport, in_a_row, load_weights, short
+from img2vid.weights.accounting import LoadReport, in_a_row, load_weights, short
 
 DECODER_KEYS = [r"decoder_(embed|pred|norm)\.(weight|bias)", r"decoder_pos_embed", r"decoder_blocks\..*", r"mask_token"]
 CLASSIFIER_KEYS = [r"(head|head_dist|fc|head\.fc)\.(weight|bias)"]

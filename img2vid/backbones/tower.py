@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from img2vid.errors import BackboneError
-from img2vid.weights import LoadReport
+from img2vid.weights.accounting import LoadReport
 
 
 @dataclass

@@ -13,12 +13,12 @@ from torch import Tensor
 from img2vid._version import __version__
 from img2vid.backbones.names import parse_name
 from img2vid.config import QUIRKS, VideoConfig
-from img2vid.guarantees import Guarantee
+from img2vid.proof.guarantees import Guarantee
 
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
     from img2vid.model import VideoModel, VideoTextModel
-    from img2vid.movement import Movement
+    from img2vid.training.movement import Movement
 
 
 def model_card(

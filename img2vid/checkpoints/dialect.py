@@ -1,7 +1,7 @@
 """A foreign dialect is a table of two columns, their names and ours; this engine reads it in both directions.
 
-How rows of a table are read is in ``img2vid.keytable``. Whatever a table cannot say (a reshaped or divided tensor) is
-done by a dialect's ``unpack`` after reading and undone by its ``pack`` before writing.
+How rows of a table are read is in ``img2vid.weights.keytable``. Whatever a table cannot say (a reshaped or divided
+tensor) is done by a dialect's ``unpack`` after reading and undone by its ``pack`` before writing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.native import HEADER
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
-from img2vid.keytable import State, Table, to_ours, to_theirs
-from img2vid.weights import LoadReport, matches, read_weights
+from img2vid.weights.accounting import LoadReport, matches, read_weights
+from img2vid.weights.keytable import State, Table, to_ours, to_theirs
 
 if TYPE_CHECKING:
     from img2vid.model import VideoModel

@@ -24,9 +24,9 @@ from img2vid.checkpoints.importing import DIALECTS, described
 from img2vid.checkpoints.native import separate
 from img2vid.config import one_of
 from img2vid.errors import WeightsError
-from img2vid.keytable import State
 from img2vid.model import VideoModel, VideoTextModel
-from img2vid.weights import in_a_row
+from img2vid.weights.accounting import in_a_row
+from img2vid.weights.keytable import State
 
 FORMATS = ("image", *DIALECTS)
 # settings that decide a model's function at its own size, in eval mode

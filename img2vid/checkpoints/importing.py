@@ -20,10 +20,10 @@ from img2vid.checkpoints.vivit import VIVIT
 from img2vid.choices import POS_EMBED_RESAMPLE
 from img2vid.config import VideoConfig, image_size_pair, one_of, whole_number
 from img2vid.errors import WeightsError
-from img2vid.keytable import State
 from img2vid.model import VideoModel, build_model
 from img2vid.temporal.embeddings import resample_patch_times, resample_pos_embed, resample_time_embed
-from img2vid.weights import LoadReport, load_weights
+from img2vid.weights.accounting import LoadReport, load_weights
+from img2vid.weights.keytable import State
 
 if TYPE_CHECKING:
     from img2vid.backbones.tower import ImageTower

@@ -16,7 +16,7 @@ from img2vid.checkpoints.frozen_in_time import FROZEN_IN_TIME, SETTINGS
 from img2vid.checkpoints.plain_vit import EPS, plain_vit, sizes_of, square
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
-from img2vid.keytable import State
+from img2vid.weights.keytable import State
 
 TABLE = (
     # LaViLa                                    img2vid

@@ -14,7 +14,7 @@ from img2vid.checkpoints.dialect import Dialect, Foreign
 from img2vid.checkpoints.plain_vit import plain_vit, sizes_of, square
 from img2vid.checkpoints.timesformer import DROP_PATH, time_settings
 from img2vid.config import VideoConfig
-from img2vid.keytable import State
+from img2vid.weights.keytable import State
 
 LAYER = "backbone.transformer_layers.layers.{i}"
 TABLE = (

@@ -32,12 +32,12 @@ from img2vid.checkpoints.rebuilding import build_backbone, check_rebuildable
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError, WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
-from img2vid.weightfiles import read_safetensors, short
-from img2vid.weights import load_weights
+from img2vid.weights.accounting import load_weights
+from img2vid.weights.files import read_safetensors, short
 
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
-    from img2vid.movement import Movement
+    from img2vid.training.movement import Movement
 
 WEIGHTS, CONFIG, CERTIFICATE, CARD = "model.safetensors", "config.json", "certificate.json", "README.md"
 MOVED, SETTINGS = "moved.json", "training.yaml"

@@ -10,7 +10,7 @@ from img2vid.backbones import Backbone, describe, load_backbone
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
-from img2vid.weights import listed
+from img2vid.weights.accounting import listed
 
 
 def build_backbone(config: VideoConfig, on_meta: bool = False) -> Backbone:

@@ -17,7 +17,7 @@ from img2vid.checkpoints.dialect import Dialect, Foreign
 from img2vid.checkpoints.plain_vit import from_hf, plain_vit, to_hf
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
-from img2vid.keytable import State
+from img2vid.weights.keytable import State
 
 if TYPE_CHECKING:
     from img2vid.model import VideoModel

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if list(argv) in (["--help"], ["-h"]):
         make_parser().parse_args(argv)  # prints and leaves
     try:
-        from img2vid.fit import main
+        from img2vid.training.fit import main
     except ModuleNotFoundError as error:
         if error.name not in ("lightning", "torchmetrics"):
             raise

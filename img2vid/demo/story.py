@@ -186,7 +186,7 @@ def is_frame_mean(model: VideoTextModel, videos: VideoList, views: Views, cache:
 def train(folder: Path, motion_set: Path, size: Size, seed: int) -> tuple[VideoTextModel, str]:
     """Continue pretraining as `img2vid train --config FOLDER/train.yaml` would; the model, and the log's path."""
     try:
-        from img2vid.fit import main as fit
+        from img2vid.training.fit import main as fit
     except ModuleNotFoundError as error:
         raise DemoError(f"Training needs {error.name}: pip install 'img2vid[train]'.") from error
     from img2vid.checkpoints.native import load

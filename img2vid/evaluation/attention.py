@@ -23,7 +23,7 @@ from img2vid.backbones.reading import read_block
 from img2vid.evaluation.capture import Captured, Layer, capturing
 from img2vid.evaluation.conditions import video_part
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evidence import in_eval_mode
+from img2vid.proof.evidence import in_eval_mode
 from img2vid.temporal.infront import own_class
 
 # what is done to the weights after the softmax, so that they no longer say where the output comes from

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from img2vid.evaluation.conditions import video_part
-from img2vid.evidence import in_eval_mode
+from img2vid.proof.evidence import in_eval_mode
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.encoder import TemporalEncoderBlock
 from img2vid.temporal.gates import TanhGate

@@ -22,7 +22,7 @@ from img2vid.backbones.nano_clip import TEMPLATES as NANO_TEMPLATES
 from img2vid.data.lists import read_classes
 from img2vid.errors import nearest
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.evidence import in_eval_mode
+from img2vid.proof.evidence import in_eval_mode
 
 CLASS_LISTS = {path.stem: path for path in sorted((Path(__file__).parent / "classes").glob("*.txt"))}
 

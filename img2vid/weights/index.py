@@ -16,8 +16,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from img2vid.bytecount import counting
 from img2vid.errors import WeightsError
+from img2vid.weights.bytecount import counting
 
 SUFFIX = ".index.json"
 

@@ -2,7 +2,7 @@
 
 trainer:
   callbacks:
-    - class_path: img2vid.averaging.MovingAverage        # or EpochAverage
+    - class_path: img2vid.training.averaging.MovingAverage        # or EpochAverage
       init_args: {decay: 0.999}
 
 What is validated, put into checkpoints as ``state_dict`` and saved in the end is the average; training itself goes on
@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from img2vid.config import ConfigError
 
-OURS = "img2vid.averaging.MovingAverage (EMA) or img2vid.averaging.EpochAverage (SWA)"
+OURS = "img2vid.training.averaging.MovingAverage (EMA) or img2vid.training.averaging.EpochAverage (SWA)"
 
 
 class RunningAverage(WeightAveraging):

@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from img2vid.evidence import Size, largest, make_clips
 from img2vid.model import VideoModel
+from img2vid.proof.evidence import Size, largest, make_clips
 from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.pooling import first

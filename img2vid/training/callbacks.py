@@ -184,7 +184,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 class SaveModel(pl.Callback):
-    """After training: the model in img2vid's format, with ``moved.json`` (img2vid.movement) and ``training.yaml``.
+    """After training: the model in img2vid's format, with ``moved.json`` (movement.py) and ``training.yaml``.
 
     Args:
         folder: None for ``model`` in the log directory.
@@ -213,7 +213,7 @@ class SaveModel(pl.Callback):
             return
         from img2vid.checkpoints.native import build_backbone, save
         from img2vid.model import build_model
-        from img2vid.movement import measure_movement
+        from img2vid.training.movement import measure_movement
 
         model = build_model(build_backbone(module.model.config), module.model.config)
         model.load_state_dict(state)

@@ -16,11 +16,11 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from img2vid.callbacks import Bar, Lines
 from img2vid.data.lists import read_list
 from img2vid.data.module import VideoData
 from img2vid.errors import Img2VidError
 from img2vid.training import TrainingError, VideoTraining
+from img2vid.training.callbacks import Bar, Lines
 
 
 class TrainingCLI(LightningCLI):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from img2vid.errors import WeightsError
-from img2vid.weightfiles import WeightsFile, read_state_dict, read_weights, short
+from img2vid.weights.files import WeightsFile, read_state_dict, read_weights, short
 
 __all__ = ["LoadReport", "WeightsFile", "load_weights", "read_state_dict", "read_weights", "short"]
 
@@ -96,7 +96,8 @@ def load_weights(
         raise WeightsError(
             f"{source} does not fit this {type(model).__name__}, nothing was loaded: {report}\n"
             f"{explanation(report)}Check that the file belongs to this architecture and size. In Python, "
-            "img2vid.weights.load_weights takes patterns for differences that are meant (allow_new, allow_dropped)."
+            "img2vid.weights.accounting.load_weights takes patterns for differences that are meant (allow_new, "
+            "allow_dropped)."
         )
     if keep_dtypes:
         take_dtypes(model, state)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from img2vid.bytecount import CountedFile, counting
 from img2vid.errors import WeightsError
-from img2vid.torchscript import is_torchscript, read_torchscript
-from img2vid.weightindex import SUFFIX, files_of_index, read_index
+from img2vid.weights.bytecount import CountedFile, counting
+from img2vid.weights.index import SUFFIX, files_of_index, read_index
+from img2vid.weights.torchscript import is_torchscript, read_torchscript
 
 # names that training scripts put a state dict under; of several in one file the first of these is taken, and said
 WRAPPERS = (
@@ -96,7 +96,7 @@ class WeightsFile:
         if self.others:
             notes.append(
                 f"{self.path} holds several state dicts: {self.wrapper!r} was taken, {', '.join(self.others)} left. "
-                f"For another: save_file(img2vid.weights.read_state_dict(path, wrapper={self.others[0]!r}), "
+                f"For another: save_file(img2vid.weights.files.read_state_dict(path, wrapper={self.others[0]!r}), "
                 "'other.safetensors'), with safetensors.torch.save_file."
             )
         if self.left_out:
@@ -266,7 +266,8 @@ def unwrap(content: Any, path: Path, wrapper: str | None = None) -> WeightsFile:
     if nested:
         raise WeightsError(
             f"{path} holds state dicts under names that do not say which is meant: {', '.join(nested)}. Take one in "
-            f"Python, img2vid.weights.read_state_dict(path, wrapper={nested[0]!r}), and save it as a file of its own."
+            f"Python, img2vid.weights.files.read_state_dict(path, wrapper={nested[0]!r}), and save it as a file of its "
+            "own."
         )
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         kind = f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__

@@ -22,9 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from img2vid.averaging import check_averaging
 from img2vid.backbones import wrap_module
-from img2vid.callbacks import ParameterSummary, SaveModel, Throughput, WatchTime
 from img2vid.checkpoints.native import load, load_reference
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.consolidate import ENTRY
@@ -34,10 +32,12 @@ from img2vid.data.order import draw_seed
 from img2vid.data.transforms import InputSpec
 from img2vid.errors import Img2VidError
 from img2vid.model import VideoModel, VideoTextModel, build_model
-from img2vid.movement import Beginning
 from img2vid.objectives import Objective, Step, Surroundings
 from img2vid.objectives.base import is_of_text
-from img2vid.stopping import CheckpointOnException, StopBetweenSteps
+from img2vid.training.averaging import check_averaging
+from img2vid.training.callbacks import ParameterSummary, SaveModel, Throughput, WatchTime
+from img2vid.training.movement import Beginning
+from img2vid.training.stopping import CheckpointOnException, StopBetweenSteps
 from img2vid.tuning import GradualUnfreezing, Tuning, bound_temperature, eval_frozen, freeze, penalty
 from img2vid.tuning.recipe import put_back, settings_of
 

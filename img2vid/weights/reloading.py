@@ -13,7 +13,7 @@ from img2vid.backbones.reading import read_block
 from img2vid.errors import WeightsError
 from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.block import SpaceTimeBlock
-from img2vid.weights import LoadReport, listed, load_weights
+from img2vid.weights.accounting import LoadReport, listed, load_weights
 
 if TYPE_CHECKING:
     from img2vid.model import VideoModel
