@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from img2vid.backbones import describe
+from img2vid.backbones import as_reference, describe
 from img2vid.errors import Img2VidError
 from img2vid.evidence import (
     Comparison,
@@ -124,8 +124,9 @@ def certify(
     Args:
         model: a ``VideoModel`` or ``VideoTextModel``. Where training has moved its gates, the claim is about the model
             with gates closed, and ``perturbed_difference`` says how far it has come.
-        reference: the image model, as its library made it: a timm model, or an open_clip model or image tower. None
-            has the library build it from its name, around the image weights that ``model`` holds now.
+        reference: the image model, as its library made it: a timm model, an open_clip model or image tower, or a model
+            of transformers. None has the library build it from its name, around the image weights that ``model`` holds
+            now.
         num_frames: numbers of frames T to try (of tubelets, where those group frames); by default 1, 2, 3 and the
             model's own.
         image_size: pixels (height, width) of the clips, for backbones that take other sizes than their own: a large
@@ -145,6 +146,7 @@ def certify(
         from img2vid.checkpoints.native import load_reference
 
         reference = load_reference(model)
+    reference = as_reference(reference)
     video = model.visual if isinstance(model, VideoTextModel) else model
     image = getattr(reference, "visual", reference)
     # the text tower counts as image weights too, where both have one

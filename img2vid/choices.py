@@ -14,5 +14,7 @@ OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}
 
 # img2vid.checkpoints: whose video checkpoints can be read and written
 DIALECTS = ("timesformer", "hf-timesformer", "mmaction2-timesformer", "frozen-in-time", "lavila", "vivit")
-EXPORT_FORMATS = ("image", *DIALECTS)
+# img2vid.export: what runs, or is read, without img2vid
+PROGRAM_FORMATS = ("onnx", "torch-export", "torchscript", "safetensors")
+EXPORT_FORMATS = ("image", *DIALECTS, *PROGRAM_FORMATS)
 POS_EMBED_RESAMPLE = ("bicubic", "nearest_1d")

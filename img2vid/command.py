@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from img2vid.bytecount import Watcher, watching
 from img2vid.config import shown
@@ -67,7 +67,7 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def writable(stream: object) -> bool:
+def writable(stream: Any) -> bool:
     try:
         stream.flush()
     except (OSError, AttributeError):

@@ -206,9 +206,9 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def whole_number(name: str, value: object, least: int = 1, most: int | None = None) -> int:
     """``value`` as an int; numpy's integers are whole numbers too, True is not."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise ConfigError(f"{name}={shown(value)}: expected a whole number of at least {least}.")
-    if most is not None and value > most:
+    if most is not None and int(value) > most:
         raise ConfigError(f"{name}={shown(value)}: expected a whole number of at most {most:,}.")
     return int(value)
 
@@ -255,7 +255,7 @@ def check_quirks(config: VideoConfig) -> None:
 def image_size_pair(size: object, name: str = "image_size") -> tuple[int, int]:
     """Pixels as (height, width); one number means a square."""
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in pair):
+    if len(pair) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in pair):
         raise ConfigError(f"{name}={shown(size)}: expected one whole number of pixels, or (height, width).")
     height, width = (whole_number(name, n, most=MOST["image_size"]) for n in pair)
     return height, width

@@ -44,8 +44,8 @@ def convert(
     """Turn a pretrained image transformer into a video transformer that is the same function at step 0.
 
     Args:
-        backbone: an alias (``vit_base``), ``timm:NAME[.TAG]``, ``open_clip:ARCH[/TAG]``, ``nano_clip``, or a timm or
-            open_clip module, which is changed in place.
+        backbone: an alias (``vit_base``), ``timm:NAME[.TAG]``, ``open_clip:ARCH[/TAG]``, ``hf:NAME`` or ``hf:FOLDER``
+            (transformers), ``nano_clip``, or a module of one of these libraries, which is changed in place.
         config: settings all at once, such as another model's ``model.config``; those given by name override it.
         weights: local weights file instead of the library's pretrained weights.
         random_weights: build the architecture without loading any weights.
@@ -179,7 +179,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     groups = option_groups(parser)
     backbone, output = groups["backbone"], groups["output"]
-    backbone.add_argument("--backbone", metavar="NAME", help="alias, timm:NAME[.TAG], open_clip:ARCH[/TAG], nano_clip")
+    backbone.add_argument(
+        "--backbone", metavar="NAME", help="alias, timm:NAME[.TAG], open_clip:ARCH[/TAG], hf:NAME, hf:FOLDER"
+    )
     backbone.add_argument("--weights", metavar="FILE", help="local .safetensors or .pth file for the backbone")
     backbone.add_argument("--random-weights", action="store_true", help="build the architecture, load no weights")
     backbone.add_argument("--dtype", choices=DTYPES, help="of the converted weights (default: the backbone's)")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from img2vid.backbones import describe
 from img2vid.config import VideoConfig
-from img2vid.model import VideoModel, first
+from img2vid.model import VideoModel
+from img2vid.temporal.pooling import first
 
 # What "up to rounding" may be, relative to the largest feature. Measured rounding stays an order of magnitude below,
 # broken rules an order or more above.
@@ -85,8 +86,9 @@ def compare(
     clips = make_clips(video, kind, num_steps, generator, size)
     with recorded([block for _, block in video.tower.blocks]) as layers:
         frame_features = video.frame_features(clips)
-    with recorded([block for _, block in describe(image).blocks]) as expected_layers:
-        expected = first(image(central_frames(video, clips))).unflatten(0, (len(clips), num_steps))
+    tower = describe(image)
+    with recorded([block for _, block in tower.blocks]) as expected_layers:
+        expected = first(tower.call(image, central_frames(video, clips))).unflatten(0, (len(clips), num_steps))
     return Comparison(
         kind=kind,
         num_frames=clips.shape[1],

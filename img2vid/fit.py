@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from img2vid.callbacks import Bar, Lines
+from img2vid.data.lists import read_list
 from img2vid.data.module import VideoData
 from img2vid.errors import Img2VidError
 from img2vid.training import TrainingError, VideoTraining
@@ -24,6 +25,15 @@ from img2vid.training import TrainingError, VideoTraining
 
 class TrainingCLI(LightningCLI):
     """The model tells the data what its clips must look like; checkpoints change nothing that was asked for."""
+
+    def before_instantiate_classes(self) -> None:
+        """A linear head without ``num_classes`` gets as many as the training list has."""
+        model, data = self._get(self.config, "model"), self._get(self.config, "data")
+        objective = self._get(self.config, "model.objective")
+        is_linear = objective.class_path.endswith(".Classification") and objective.init_args.get("head") == "linear"
+        if is_linear and model.video.num_classes is None and model.start_from is None and data.train_list is not None:
+            videos = read_list(data.train_list, data.format, data.root, data.classes, subset="train")
+            model.video.num_classes = len(videos.class_names or ()) or None
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.spec = self.datamodule.spec or self.model.input_spec()

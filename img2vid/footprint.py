@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from img2vid.model import VideoModel, VideoTextModel, first
+from img2vid.model import VideoModel, VideoTextModel
+from img2vid.temporal.pooling import first
 
 aten = torch.ops.aten
 # torch counts the fused attention of GPUs; the same formulas hold for that of CPUs

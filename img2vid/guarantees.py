@@ -40,8 +40,8 @@ class Guarantee:
         if "mean_before_norm" in config.quirks and "moving" in promise.strength:
             promise = cls("single and static clips, up to rounding", dict.fromkeys(("single", "static"), "close"))
         if config.tubelet_size > 1 and config.tubelet_init == "average":
-            kinds = {kind: "close" for kind in ("single", "static") if kind in promise.strength}
-            return cls("static clips, up to rounding (averaged tubelets)" if kinds else promise.summary, kinds)
+            kept: dict[str, str] = {kind: "close" for kind in ("single", "static") if kind in promise.strength}
+            return cls("static clips, up to rounding (averaged tubelets)" if kept else promise.summary, kept)
         if config.tubelet_size > 1:
             return cls(f"{promise.summary}, of each tubelet's central frame", promise.strength)
         return promise

@@ -11,15 +11,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from img2vid.backbones import load_backbone
-from img2vid.backbones.from_timm import image_class
 from img2vid.backbones.reading import block_kind, child, read_block
 from img2vid.backbones.tower import ImageTower
 from img2vid.checkpoints.native import read_description
 from img2vid.config import DIVIDED_ONLY, ConfigError, VideoConfig, shown
 from img2vid.errors import WeightsError
 from img2vid.guarantees import Guarantee
-from img2vid.model import VideoModel, VideoTextModel, build_model, first
+from img2vid.model import VideoModel, VideoTextModel, build_model
 from img2vid.surgery import refuse_impossible
+from img2vid.temporal.infront import own_class
+from img2vid.temporal.pooling import first
 
 
 @dataclass
@@ -105,7 +106,7 @@ def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> 
         position=tower.position,
         num_prefix_tokens=tower.num_prefix_tokens,
         depth=len(tower.blocks),
-        block_class=image_class(block).__name__,
+        block_class=own_class(block).__name__,
         attention_class="inside the block" if attention is block else type(attention).__name__,
         num_heads=spatial.num_heads,
         width=spatial.dim,
@@ -154,7 +155,7 @@ def promise(tower: ImageTower, config: VideoConfig, attention: str, prefix_mode:
 def count_flops(tower: ImageTower, num_images: int) -> int:
     """FLOPs of an image model on so many images, by torch's counter (matrix products and convolutions)."""
     with FlopCounterMode(display=False) as counter:
-        tower.module.eval()(torch.zeros(num_images, tower.in_channels, *tower.image_size, device="meta"))
+        tower.call(tower.module.eval(), torch.zeros(num_images, tower.in_channels, *tower.image_size, device="meta"))
     return counter.get_total_flops()
 
 

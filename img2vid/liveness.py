@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from img2vid.evidence import Size, largest, make_clips
-from img2vid.model import VideoModel, first
+from img2vid.model import VideoModel
 from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.block import SpaceTimeBlock
+from img2vid.temporal.pooling import first
 
 
 @dataclass
@@ -111,7 +113,7 @@ def measure_liveness(
             with torch.no_grad():
                 for parameter in gates:
                     grad = grads[parameter].float()  # norms of half precision gradients overflow
-                    parameter -= (step_size * grad / grad.norm().clamp_min(1e-12)).to(parameter.dtype)
+                    parameter.sub_((step_size * grad / grad.norm().clamp_min(1e-12)).to(parameter.dtype))
         stray = measure_stray(video, clips)  # here gates are open
 
     def both(parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
@@ -137,7 +139,7 @@ def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], cl
     """
     moved: dict[str, float] = {}
 
-    def look(path: str, attention: TemporalAttention, args: tuple, out: Tensor) -> None:
+    def look(path: str, attention: TemporalAttention, args: tuple[Any, ...], out: Tensor) -> None:
         x, num_frames, *rest = args  # (B*T, N, D)
         swapped = swap_others(x.unflatten(0, (-1, num_frames))).flatten(0, 1)
         moved[path] = largest((attention.forward(swapped, num_frames, *rest) - out)[::num_frames])
@@ -163,14 +165,15 @@ def measure_stray(video: VideoModel, clips: Tensor) -> dict[str, float]:
     """
     moved: dict[str, float] = {}
 
-    def look(path: str, block: SpaceTimeBlock, args: tuple) -> None:
+    def look(path: str, block: SpaceTimeBlock, args: tuple[Any, ...]) -> None:
         x = args[0]  # (B*T, P + N, D)
-        position = (max(block.num_shared_tokens, block.num_clip_keys) + x.shape[1]) // 2
+        num_clip_keys = getattr(block.temporal_attn, "num_clip_keys", 0)  # of the quirk prefix_in_time
+        position = (max(block.num_shared_tokens, num_clip_keys) + x.shape[1]) // 2
         elsewhere = torch.arange(x.shape[1], device=x.device) != position
         swapped = swap_others(rearrange(x, "(b t) n d -> b t n d", t=video.clip.num_frames)).flatten(0, 1)
         swapped[:, elsewhere] = x[:, elsewhere]
         change = block.temporal_residual(swapped) - block.temporal_residual(x)
-        elsewhere[: block.num_clip_keys] = False  # which attend to all positions by design (quirk prefix_in_time)
+        elsewhere[:num_clip_keys] = False  # which attend to all positions by design
         moved[path] = float(change[:, elsewhere].abs().sum())
 
     hooks = [

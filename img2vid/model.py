@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -27,6 +26,7 @@ from img2vid.checkpoints.saving import Saving
 from img2vid.clips import check_clips, check_images, check_pixels
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError
+from img2vid.origins import COPIED_KEYS, new_keys, origin_of, zero_names
 from img2vid.overlay import Overlay
 from img2vid.reloading import load_image_weights
 from img2vid.surgery import insert_time, num_shared_tokens
@@ -34,26 +34,22 @@ from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import resample_time_embed, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
+from img2vid.temporal.fusing import Fusing
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
+from img2vid.temporal.pooling import first, mean_over_frames, over
 from img2vid.weights import LoadReport
 
-# keys that a video model has beyond its image model, all below the image tower
-COPIED_KEYS = r"(.*\.)?temporal_(norm1|attn)\..*"
-NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_weight|classifier\..*)"
-# of the new ones, those that start at zero and keep the function while they stay there
-ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight)"
 
-
-class VideoModel(Overlay, Saving):
+class VideoModel(Overlay, Fusing, Saving):
     """An image tower that takes clips.
 
     It is laid over the image model (``img2vid.overlay``): ``self.base`` is that model, and both have the same
     parameters under the same names.
 
     Args:
-        image_model: a timm model, or the ``visual`` tower of an open_clip model. It is changed in place and shares its
-            parameters, under their own names, with the video model laid over it.
+        image_model: a timm model, an image model of transformers, or the ``visual`` tower of an open_clip model. It is
+            changed in place and shares its parameters, under their own names, with the video model laid over it.
         config: what to insert.
 
     Raises:
@@ -104,9 +100,10 @@ class VideoModel(Overlay, Saving):
             self.classifier = zero_linear(dim, config.num_classes, **on_device)
         self.train(image_model.training)
         # the libraries' own checkpointing would rerun blocks when T is no longer known, so ours takes over
-        checkpointing = [m for m in image_model.modules() if getattr(m, "grad_checkpointing", False) is True]
-        for module in checkpointing:
-            module.grad_checkpointing = False
+        names = ("grad_checkpointing", "gradient_checkpointing")  # the latter is transformers'
+        checkpointing = [(m, name) for m in image_model.modules() for name in names if getattr(m, name, False) is True]
+        for module, name in checkpointing:
+            setattr(module, name, False)
         if checkpointing:
             self.set_grad_checkpointing()
         take_any_size(self.tower)
@@ -130,7 +127,7 @@ class VideoModel(Overlay, Saving):
 
     def pool(self, frame_features: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """One feature per frame (B, T, D) -> one per clip (B, D)."""
-        return over(lambda x: x.mean(dim=1), frame_features)
+        return mean_over_frames(frame_features)
 
     def frame_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Clips (B, T, C, H, W) -> one feature per frame, or per tubelet (B, T, D), already informed by all frames."""
@@ -138,7 +135,7 @@ class VideoModel(Overlay, Saving):
         steps = self.tubelets(clips)  # (B, T, C, H, W); T counts tubelets from here on
         num_steps = steps.shape[1]
         with self.clip.of(num_steps):
-            features = self.base(rearrange(steps, "b t c h w -> (b t) c h w"))  # (B*T, D)
+            features = self.tower.call(self.base, rearrange(steps, "b t c h w -> (b t) c h w"))  # (B*T, D)
         features = over(lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_steps), features)
         if self.config.attention == "factorised_encoder":
             features = self.encode_time(features)
@@ -187,18 +184,12 @@ class VideoModel(Overlay, Saving):
 
     def origin(self, name: str) -> str:
         """Where a parameter comes from: ``pretrained`` (the image model), ``copied`` from it, or ``new``."""
-        if re.fullmatch(NEW_KEYS, name):
-            return "new"
-        if re.fullmatch(COPIED_KEYS, name):
-            return "copied" if self.config.temporal_init == "copy" else "new"
-        return "pretrained"
+        return origin_of(name, self.config)
 
     def zero_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that start at zero and keep the image model's function while they are zero."""
-        zero = {name: p for name, p in self.named_parameters() if re.fullmatch(ZERO_KEYS, name)}
-        if self.config.tubelet_init == "average":  # starts as copies of the image weights instead
-            zero = {name: p for name, p in zero.items() if not name.endswith("tubelet_weight")}
-        return zero
+        parameters = dict(self.named_parameters())
+        return {name: parameters[name] for name in zero_names(parameters, self.config)}
 
     @contextmanager
     def gates_closed(self) -> Iterator[None]:
@@ -225,7 +216,7 @@ class VideoModel(Overlay, Saving):
         Raises:
             WeightsError: keys that do not fit; or copies to be refreshed that training has put to use.
         """
-        return load_image_weights(self, self, state, refresh_copies, time_keys=[NEW_KEYS, COPIED_KEYS])
+        return load_image_weights(self, self, state, refresh_copies, time_keys=[*new_keys(self.config), COPIED_KEYS])
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freeze the image tower as open_clip does, all but its last groups; what is about time stays trainable."""
@@ -255,17 +246,18 @@ class VideoModel(Overlay, Saving):
                 put_in_front(block, CheckpointedBlock)
                 block.clip = self.clip
             elif is_on and not enable:
-                take_from_front(block)
+                take_from_front(block, CheckpointedBlock)
 
 
-class VideoTextModel(Overlay, Saving):
+class VideoTextModel(Overlay, Fusing, Saving):
     """A two-tower image-text model whose image tower takes clips; the text tower is untouched.
 
     Whatever the wrapped class does with images it does with clips, in its own conventions: what ``forward`` returns
     (``output_dict``), whether features are normalised, ``lock_image_tower``, ``set_grad_checkpointing``, ``generate``.
 
     Args:
-        image_text_model: an open_clip CLIP, CustomTextCLIP or CoCa; changed in place.
+        image_text_model: an open_clip CLIP, CustomTextCLIP or CoCa, or a model with text of transformers, with what
+            ``wrap_module`` puts in front of it; changed in place.
         config: what to insert in the image tower.
     """
 
@@ -273,7 +265,11 @@ class VideoTextModel(Overlay, Saving):
 
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(image_text_model, config=config)
-        image_text_model.visual = VideoModel(image_text_model.visual, config)
+        video = VideoModel(image_text_model.visual, config)
+        if hasattr(image_text_model, "put_tower"):  # transformers, which calls it vision_model
+            image_text_model.put_tower(video)
+        else:
+            image_text_model.visual = video
 
     def encode_video(self, clips: Tensor, normalize: bool | None = None) -> Tensor:
         """Clips (B, T, C, H, W) -> features (B, D) in the space of the text features.
@@ -283,8 +279,17 @@ class VideoTextModel(Overlay, Saving):
         """
         if normalize is None:
             normalize = inspect.signature(self.base.encode_image).parameters["normalize"].default
-        features = first(self.visual(clips))
+        if hasattr(self.base, "to_text_space"):
+            features = self.visual.pool(self.to_text_space(first(self.visual.frame_features(clips))))
+        else:
+            features = first(self.visual(clips))
         return nn.functional.normalize(features, dim=-1) if normalize else features
+
+    def to_text_space(self, frame_features: Tensor) -> Tensor:
+        """Features of frames (B, T, D) -> where texts are: transformers projects outside of its image tower."""
+        if not hasattr(self.base, "to_text_space"):
+            return frame_features
+        return self.base.to_text_space(frame_features.flatten(0, 1)).unflatten(0, frame_features.shape[:2])
 
     def encode_image(self, images: Tensor, normalize: bool | None = None) -> Tensor:
         """Images (B, C, H, W) -> features (B, D); an image is a clip of one frame, or of one tubelet of equal ones."""
@@ -293,6 +298,8 @@ class VideoTextModel(Overlay, Saving):
 
     def encode_text(self, text: Tensor, normalize: bool | None = None) -> Tensor:
         """Token ids (B, L) -> features (B, D), by the untouched text tower; ``normalize`` as in ``encode_video``."""
+        if not hasattr(self.base, "encode_text"):
+            raise BackboneError(f"{own_class(self.base).__name__} has no features of texts; it writes captions.")
         return self.base.encode_text(text) if normalize is None else self.base.encode_text(text, normalize=normalize)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -318,13 +325,20 @@ class VideoTextModel(Overlay, Saving):
 
     def load_image_weights(self, state: Mapping[str, Tensor], refresh_copies: bool = True) -> LoadReport:
         """Load an image-text checkpoint, both towers; as ``VideoModel.load_image_weights``."""
-        return load_image_weights(self, self.visual, state, refresh_copies, time_keys=[NEW_KEYS, COPIED_KEYS])
+        time_keys = [*new_keys(self.config), COPIED_KEYS]
+        return load_image_weights(self, self.visual, state, refresh_copies, time_keys=time_keys)
 
     def zero_parameters(self) -> dict[str, nn.Parameter]:
-        return {f"visual.{name}": parameter for name, parameter in self.visual.zero_parameters().items()}
+        zero = self.visual.zero_parameters()
+        return {f"{self.tower_prefix}{name}": parameter for name, parameter in zero.items()}
 
     def gates_closed(self) -> AbstractContextManager[None]:
         return self.visual.gates_closed()
+
+    @property
+    def tower_prefix(self) -> str:
+        """What the keys of the image tower begin with: ``visual.``, in transformers ``vision_model.``."""
+        return next(f"{name}." for name, child in self.named_children() if child is self.visual)
 
 
 def build_model(backbone: Backbone, config: VideoConfig) -> VideoModel | VideoTextModel:
@@ -333,13 +347,3 @@ def build_model(backbone: Backbone, config: VideoConfig) -> VideoModel | VideoTe
     model = VideoTextModel(backbone.model, config) if with_text else VideoModel(backbone.tower.module, config)
     (model.visual if isinstance(model, VideoTextModel) else model).image_weights = backbone.pretrained or "random"
     return model
-
-
-def first(features: Any) -> Tensor:
-    """The feature itself: most towers return it alone, some in front of others (CoCa: pooled, tokens)."""
-    return features[0] if isinstance(features, tuple) else features
-
-
-def over(fn: Callable[[Tensor], Tensor], features: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    """``fn`` of every tensor a tower returns, so that a tuple stays a tuple."""
-    return tuple(map(fn, features)) if isinstance(features, tuple) else fn(features)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from img2vid.evidence import fingerprint, in_eval_mode
-from img2vid.model import VideoModel, VideoTextModel, first
+from img2vid.model import VideoModel, VideoTextModel
+from img2vid.temporal.pooling import first
 from img2vid.tuning.groups import image_tower_of, layer_groups
 
 

@@ -51,7 +51,7 @@ def add_settings(groups: dict[str, argparse._ArgumentGroup]) -> None:
             default = fields[name].default
             groups[title].add_argument(
                 "--" + name.replace("_", "-"),
-                type=None if choices else parse,
+                type=str if choices else parse,
                 choices=choices,
                 metavar="MODE" if choices else metavar,
                 default=argparse.SUPPRESS,

@@ -9,21 +9,17 @@ from torch import nn
 
 from img2vid.backbones.any_size import can_take_nearest
 from img2vid.backbones.dropping import PATCH_DROPOUTS, drop_path_rate
-from img2vid.backbones.reading import (
-    attention_steps,
-    block_kind,
-    child,
-    has_steps,
-    read_block,
-    residual_modules,
-)
+from img2vid.backbones.reading import block_kind, child, read_block, residual_modules
+from img2vid.backbones.steps import attention_steps, has_steps
 from img2vid.backbones.tower import ImageTower
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import inflate_to_tubelets
+from img2vid.temporal.infront import own_class
 from img2vid.temporal.insertion import insert_temporal_attention
 from img2vid.temporal.joint import make_joint
 from img2vid.temporal.prefix import AttendToAllFrames, AveragePrefix, DrawPrefixOnce
+from img2vid.temporal.quirks import add_quirks
 
 
 class Entrance(NamedTuple):
@@ -45,6 +41,9 @@ def insert_time(tower: ImageTower, config: VideoConfig, clip: ClipContext) -> En
         blocks[-1].register_forward_hook(AveragePrefix(clip, sys.maxsize))  # all tokens
     if config.tubelet_size > 1:
         inflate_to_tubelets(tower.patch_conv, config.tubelet_size, config.tubelet_init)
+        for parent in tower.module.modules():  # transformers counts channels before its convolution does
+            if hasattr(parent, "num_channels") and any(child is tower.patch_conv for child in parent.children()):
+                parent.num_channels *= config.tubelet_size
     if config.attention == "joint_space_time":
         for block in blocks:
             make_joint(block, clip, num_shared_tokens(tower, config))
@@ -59,21 +58,20 @@ def insert_time(tower: ImageTower, config: VideoConfig, clip: ClipContext) -> En
             clip,
             init=config.temporal_init,
             gate=config.gate,
-            **quirks_of_block(tower, config, blocks[i]),
+            num_shared_tokens=0 if "prefix_in_time" in config.quirks else num_shared_tokens(tower, config),
+            drop_path=0.0 if "no_temporal_drop_path" in config.quirks else drop_path_rate(blocks[i]),
         )
+        if config.quirks:
+            add_quirks(blocks[i], **quirks_of_block(tower, config, blocks[i]))
     share_prefix_tokens(tower, config, clip)
     return Entrance(entrance(tower, config, blocks[layers[0]]), read_block(blocks[layers[0]]).dim)
 
 
 def quirks_of_block(tower: ImageTower, config: VideoConfig, block: nn.Module) -> dict[str, Any]:
-    num_shared, quirks, kind = num_shared_tokens(tower, config), config.quirks, block_kind(block)
-    in_time = "prefix_in_time" in quirks
     return {
-        "num_shared_tokens": 0 if in_time else num_shared,
-        "num_clip_keys": num_shared if in_time else 0,
-        "drop_path": 0.0 if "no_temporal_drop_path" in quirks else drop_path_rate(block),
-        "drop_before_gate": "drop_path_before_gate" in quirks,
-        "seen_by": child(block, kind.norm) if "block_input_residual" in quirks else None,
+        "num_clip_keys": num_shared_tokens(tower, config) if "prefix_in_time" in config.quirks else 0,
+        "drop_before_gate": "drop_path_before_gate" in config.quirks,
+        "seen_by": child(block, block_kind(block).norm) if "block_input_residual" in config.quirks else None,
     }
 
 
@@ -103,7 +101,8 @@ def share_prefix_tokens(tower: ImageTower, config: VideoConfig, clip: ClipContex
     for _, block in tower.blocks:
         if config.prefix_mode == "global":
             attention = child(block, block_kind(block).attn)
-            attention.register_forward_hook(AttendToAllFrames(clip, num_shared, attention_steps))
+            attend = AttendToAllFrames(clip, num_shared, attention_steps)
+            attention.register_forward_hook(attend, with_kwargs=True)
         else:
             for module in residual_modules(block):
                 module.register_forward_hook(AveragePrefix(clip, num_shared))
@@ -113,7 +112,7 @@ def share_prefix_tokens(tower: ImageTower, config: VideoConfig, clip: ClipContex
 def refuse_impossible(tower: ImageTower, config: VideoConfig) -> None:
     block = tower.blocks[0][1]
     kind = block_kind(block)
-    name, is_rotary = type(block).__name__, "rotary" in tower.position
+    name, is_rotary = own_class(block).__name__, "rotary" in tower.position
     if config.tubelet_size > 1 and tower.patch_conv is None:
         raise ConfigError(
             f"tubelet_size={config.tubelet_size}, but this backbone's patches do not come from one plain convolution, "

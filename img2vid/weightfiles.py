@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class WeightsFile:
         return notes
 
 
-def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict[str, Tensor]:
+def read_state_dict(path: str | os.PathLike[str], wrapper: str | None = None) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` or pickled (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) weights file, on the CPU.
 
     The index of a checkpoint in several files (``model.safetensors.index.json``) stands for all of them.
@@ -118,7 +119,7 @@ def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict
     return read_weights(path, wrapper).state
 
 
-def read_weights(path: str | os.PathLike, wrapper: str | None = None) -> WeightsFile:
+def read_weights(path: str | os.PathLike[str], wrapper: str | None = None) -> WeightsFile:
     """``read_state_dict`` together with what else the file held."""
     path = Path(path)
     try:
@@ -174,7 +175,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> object:
     try:
         # training scripts save their options along; a Namespace is nothing but attributes
-        known = [argparse.Namespace, collections.defaultdict, dict, *((LeftOut, name) for name in LEFT_OUT)]
+        known: list[Any] = [argparse.Namespace, collections.defaultdict, dict, *((LeftOut, name) for name in LEFT_OUT)]
         with (
             torch.serialization.safe_globals(known),
             counting(path.stat().st_size) as add,
@@ -247,7 +248,7 @@ def zip_of_something_else(path: Path) -> str | None:
     return None
 
 
-def unwrap(content: object, path: Path, wrapper: str | None = None) -> WeightsFile:
+def unwrap(content: Any, path: Path, wrapper: str | None = None) -> WeightsFile:
     """The state dict inside a checkpoint: through at most two wrappers, without a prefix that all its keys share."""
     found = WeightsFile(path, {})
     for level in range(2):

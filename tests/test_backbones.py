@@ -35,7 +35,7 @@ def test_aliases_name_weights_that_exist(alias):
         ("open_clip:ViT-B-17", "no model 'ViT-B-17'.*'ViT-B-16'"),
         ("open_clip:ViT-B-16/opnai", "no weights 'opnai'.*It has: openai"),
         ("open_clip:ViT-B-16", "names no weights. Add a tag"),
-        ("hf:something", "Unknown backbone 'hf:something'"),
+        ("jax:something", "Unknown backbone 'jax:something'"),
         ("timm:", "Unknown backbone"),
         ("", "Unknown backbone"),
         ("timm:resnet50", "ResNet cannot become a video model: it has no flat list"),

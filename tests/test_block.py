@@ -58,7 +58,7 @@ def test_copies_are_space_time_blocks_of_their_own(block_and_clip, duplicate):
     assert isinstance(twin, SpaceTimeBlock)
     assert twin.temporal_attn.qkv.weight is not block.temporal_attn.qkv.weight
     assert torch.equal(twin.temporal_attn.qkv.weight, block.temporal_attn.qkv.weight)
-    take_from_front(twin)
+    take_from_front(twin, SpaceTimeBlock)
     assert type(twin) is not type(block)
 
 

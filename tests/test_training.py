@@ -16,6 +16,7 @@ from img2vid.averaging import MovingAverage
 from img2vid.cli import main
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.data.errors import ListError
+from img2vid.data.lists import read_list
 from img2vid.data.module import VideoData
 from img2vid.fit import TrainingCLI
 from img2vid.objectives import Classification, Contrastive
@@ -33,8 +34,7 @@ class ParseOnly(TrainingCLI):
     def instantiate_classes(self):
         pass
 
-    def after_instantiate_classes(self):
-        pass
+    before_instantiate_classes = after_instantiate_classes = instantiate_classes
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -47,6 +47,26 @@ def test_every_configuration_parses_and_opens_with_its_promise(path):
     cli = ParseOnly(VideoTraining, VideoData, args=["--config", str(path)], run=False)
     assert isinstance(cli.parser, LightningArgumentParser)
     assert cli.config.model.video.backbone is not None
+
+
+class CountOnly(ParseOnly):
+    def before_instantiate_classes(self):
+        TrainingCLI.before_instantiate_classes(self)
+
+
+def test_a_linear_head_counts_the_classes_of_the_list_and_no_other_head_does(motion_set, tmp_path, capsys):
+    def classes(*options, config="folder"):
+        given = [f"--config={ROOT}/configs/train/{config}.yaml", f"--data.train_list={motion_set}/train.csv", *options]
+        return CountOnly(VideoTraining, VideoData, args=given, run=False).config.model.video.num_classes
+
+    assert classes() == 8
+    assert classes("--model.video.num_classes=9") == 9
+    assert classes("--model.video.backbone=null", f"--model.start_from={tmp_path}") is None  # it has its own
+    assert classes(config="smoke") is None
+    (tmp_path / "names.txt").write_text("\n".join(["waiting", *read_list(motion_set / "train.csv").class_names]))
+    assert classes(f"--data.classes={tmp_path}/names.txt") == 9
+    folder = ["train", f"--config={ROOT}/configs/train/folder.yaml", f"--data.train_list={tmp_path}/gone"]
+    assert main(folder) == 2 and f"{tmp_path}/gone: no such file or folder" in capsys.readouterr().err
 
 
 def test_training_from_the_command_line(motion_set, tmp_path, capsys):

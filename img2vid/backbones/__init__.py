@@ -1,4 +1,4 @@
-"""Image backbones: the only place that knows the insides of timm and open_clip."""
+"""Image backbones: the only place that knows the insides of timm, open_clip and transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from img2vid.backbones.names import ALIASES, EXPECTED, parse_name
-from img2vid.backbones.tower import Backbone, ImageTower
+from img2vid.backbones.tower import Backbone, ImageTower, structural_copy
 from img2vid.config import shown
 from img2vid.errors import BackboneError, WeightsError
 
@@ -29,7 +29,8 @@ def load_backbone(
     """Load an image model by name.
 
     Args:
-        name: an alias (``vit_base``, ``clip_b16``, ...), ``timm:NAME[.TAG]``, ``open_clip:ARCH[/TAG]``, ``nano_clip``.
+        name: an alias (``vit_base``, ``clip_b16``, ...), ``timm:NAME[.TAG]``, ``open_clip:ARCH[/TAG]``, ``hf:NAME`` or
+            ``hf:FOLDER``, ``nano_clip``.
         weights: local ``.safetensors`` or ``.pth`` file instead of the library's pretrained weights.
         random_weights: build the architecture without loading any weights.
         image_size: pixels (height, width); None keeps the architecture's own.
@@ -57,6 +58,10 @@ def load_backbone(
         from img2vid.backbones.from_timm import load_timm
 
         return load_timm(parsed, **options)
+    if parsed.library == "hf":
+        from img2vid.backbones.from_transformers import load_transformers
+
+        return load_transformers(parsed, **options)
     from img2vid.backbones.from_open_clip import load_open_clip
 
     if parsed.library == "nano_clip":
@@ -85,18 +90,22 @@ def check_weights(weights: object) -> None:
 
 
 def describe(tower: nn.Module) -> ImageTower:
-    """Find the parts of an image tower: a timm model, or the ``visual`` of an open_clip model."""
+    """Find the parts of an image tower: a timm model, the ``visual`` of an open_clip model, one of transformers."""
     if comes_from(tower, "timm."):
         from img2vid.backbones.from_timm import describe_timm
 
         return describe_timm(tower)
+    if comes_from(tower, "transformers."):
+        from img2vid.backbones.hf_towers import describe_transformers
+
+        return describe_transformers(tower)
     from img2vid.backbones.from_open_clip import describe_open_clip
 
     return describe_open_clip(tower)
 
 
 def wrap_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> Backbone:
-    """A backbone from an already built timm or open_clip model, with the weights and the head it has.
+    """A backbone from an already built model of timm, open_clip or transformers, with the weights and head it has.
 
     Args:
         image_size: pixels (height, width) to resize it to, in place.
@@ -111,13 +120,18 @@ def wrap_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
     if not isinstance(model, nn.Module):
         hint = " Give a folder's or file's path as text, with its library." if isinstance(model, os.PathLike) else ""
         raise BackboneError(f"{shown(model)} is of type {type(model).__name__}, not a model.{hint} {EXPECTED}")
-    if hasattr(model, "gates_closed") or hasattr(getattr(model, "visual", None), "gates_closed"):
+    towers = (model, getattr(model, "visual", None), getattr(model, "vision_model", None))
+    if any(hasattr(tower, "gates_closed") for tower in towers):
         raise BackboneError(f"This {type(model).__name__} already is a video model; convert a fresh image model.")
+    if comes_from(model, "transformers."):
+        from img2vid.backbones.from_transformers import wrap_transformers
+
+        return wrap_transformers(model, image_size)
     tower = getattr(model, "visual", model)
     if not comes_from(tower, "timm.", "open_clip."):
         raise BackboneError(
-            f"A {type(model).__module__}.{type(model).__name__} was given. Expected a timm model, an open_clip model, "
-            "or a backbone's name (python -m img2vid.convert --list)."
+            f"A {type(model).__module__}.{type(model).__name__} was given. Expected a model of timm, open_clip or "
+            "transformers, or a backbone's name (python -m img2vid.convert --list)."
             + (" Give what it wraps: model.module." if isinstance(getattr(model, "module", None), nn.Module) else "")
         )
     if image_size is not None:
@@ -128,6 +142,15 @@ def wrap_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
         else:
             from_open_clip.set_image_size(tower, describe(tower), image_size)
     return Backbone(model, describe(tower), pretrained="the given module")
+
+
+def as_reference(model: nn.Module) -> nn.Module:
+    """An image model as certificates ask it: one of transformers with text as a copy that shares its weights."""
+    if not comes_from(model, "transformers."):
+        return model
+    from img2vid.backbones.hf_two_towers import front_of, speak_openly
+
+    return model if front_of(model) is None else speak_openly(structural_copy(model))
 
 
 def comes_from(module: nn.Module, *libraries: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 
@@ -58,10 +59,10 @@ ALIASES: dict[str, str] = {
     "coca_l14": "open_clip:coca_ViT-L-14/laion2b_s13b_b90k",
 }
 
-LIBRARIES = ("timm", "open_clip")
+LIBRARIES = ("timm", "open_clip", "hf")
 EXPECTED = (
     "Expected an alias (python -m img2vid.convert --list), timm:NAME[.TAG], open_clip:ARCH[/TAG], "
-    "open_clip:local-dir:FOLDER, or nano_clip."
+    "open_clip:local-dir:FOLDER, hf:NAME, hf:FOLDER, or nano_clip."
 )
 SCHEMES = ("local-dir:", "hf-hub:")  # what open_clip calls a folder or a repository that describes its own model
 
@@ -70,6 +71,7 @@ SCHEMES = ("local-dir:", "hf-hub:")  # what open_clip calls a folder or a reposi
 class BackboneName:
     """``library:architecture`` and the tag of its pretrained weights, None for the library's default or for none.
 
+    Of transformers (``hf``) it is a repository or an absolute folder, without a tag.
     An open_clip architecture may also be ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``, with weights of its own.
     """
 
@@ -106,6 +108,10 @@ def parse_name(name: str) -> BackboneName:
     library, colon, rest = full.partition(":")
     if not colon or library not in LIBRARIES or not rest:
         raise BackboneError(f"Unknown backbone {shown(name)}.{what_it_is(full)} {EXPECTED}")
+    if library == "hf":  # transformers' own rule: what is a folder here is not looked for on the hub
+        path = os.path.expanduser(rest)
+        is_path = os.path.isdir(path) or rest.startswith((".", "/", "~"))
+        return BackboneName(library, os.path.abspath(path) if is_path else rest)
     scheme = next((scheme for scheme in SCHEMES if rest.replace("_", "-").startswith(scheme)), None)
     if scheme and library == "timm":
         raise BackboneError(
@@ -125,6 +131,8 @@ def parse_name(name: str) -> BackboneName:
 
 def what_it_is(name: str) -> str:
     """What an unknown name seems to be: a folder, a file, or a slip of the hand."""
+    if is_of_transformers(os.path.join(name, "config.json")):
+        return f" It is a folder of transformers: --backbone hf:{name}."
     if os.path.isfile(os.path.join(name, "config.json")) and os.path.isfile(os.path.join(name, "model.safetensors")):
         return (
             f" There is a model folder there. A folder of img2vid already is a video model: img2vid.load({name!r}) in "
@@ -138,6 +146,14 @@ def what_it_is(name: str) -> str:
     if os.path.isfile(name):
         return " It is a file: give its architecture with --backbone, and the file with --weights."
     return nearest(name, every_name()) if len(name) < 200 else ""
+
+
+def is_of_transformers(path: str) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return "model_type" in json.load(file)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def every_name() -> list[str]:

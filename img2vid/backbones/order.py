@@ -13,14 +13,18 @@ from img2vid.backbones.tower import ImageTower
 
 # what acts before an image tower's first block; whatever else is outside the blocks acts after the last one
 IMAGE_STEM = (
-    r"(trunk\.|encoder\.)?(patch_embed|embeds|conv1|ln_pre|norm_pre|rope|rel_pos_bias|pos_embed\w*|positional_embedding"
+    r"(trunk\.|encoder\.|vision_model\.|vit\.|dinov2\.|dinov2_with_registers\.)?(embeddings|pre_layrnorm|patch_embed|embeds|conv1|ln_pre|norm_pre|rope|rel_pos_bias|pos_embed\w*|positional_embedding"
     r"|class_embedding|(cls|dist|reg|mask)_token|time_embed|tubelet_weight)(\..*)?"
 )
 TEXT_STEM = r"(.*\.)?(token_embedding|positional_embedding|cls_emb|embeddings|embed_tokens|shared|wte|wpe)(\..*)?"
 TEXT_BLOCK = r"(?:.*?\.)?(?:resblocks|layers?|block|h)\.(\d+)\..*"
+IMAGE_HEAD = r"(visual_projection|vision_proj)\..*"  # which transformers keeps outside of the image tower
 TEMPERATURE = r"logit_(scale|bias)"
 # tables that are looked up or added, as opposed to matrices that multiply
-TABLES = r"(.*\.)?(\w*pos_embed\w*|\w*embedding|\w*_token|\w*_emb|time_embed|latent|query|relative_position\w*|freqs)"
+TABLES = (
+    r"(.*\.)?(\w*pos_embed\w*|\w*embeddings?|\w*_tokens?|\w*_emb|time_embed|latent|probe|query|relative_position\w*"
+    r"|freqs)"
+)
 
 
 class Place(NamedTuple):
@@ -43,7 +47,7 @@ def place_in_image_tower(tower: ImageTower, name: str) -> Place:
     return Place("image", "head", depth + 1, 0)
 
 
-def places_beside_image_tower(names: Iterable[str]) -> dict[str, Place]:
+def places_beside_image_tower(names: Iterable[str], num_image_blocks: int = 0) -> dict[str, Place]:
     """The layers of everything in an image-text model that is not its image tower: text tower, decoder, temperature."""
     names = list(names)
     is_encoder = {name: not name.startswith("text_decoder.") for name in names}
@@ -53,6 +57,8 @@ def places_beside_image_tower(names: Iterable[str]) -> dict[str, Place]:
     for name in names:
         if re.fullmatch(TEMPERATURE, name):
             places[name] = Place("both", "logit_scale", depth + 1, 0)
+        elif re.fullmatch(IMAGE_HEAD, name):
+            places[name] = Place("image", "head", num_image_blocks + 1, 0)
         elif not is_encoder[name]:  # CoCa's captioner reads both towers' features
             places[name] = Place("text", "text_decoder", depth + 2, 0)
         elif blocks[name]:

@@ -1,12 +1,13 @@
 """Read the spatial attention of an image block: one small function per attention class, one row per block class.
 
-Everything that names a timm or open_clip attribute inside a block is in this file. To support another block, add a row
-to ``BLOCKS`` (and a function to ``ATTENTIONS`` where its attention is new).
+Everything that names a library's attribute inside a block is in this file. To support another block, add a row to
+``BLOCKS`` (and a function to ``ATTENTIONS`` where its attention is new). Classes of transformers, which need not be
+installed, go by their library and name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -16,11 +17,9 @@ import timm.layers
 import torch
 from timm.models import beit, cait, eva, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from img2vid.errors import BackboneError
 from img2vid.temporal.attention import SpatialAttention
-from img2vid.temporal.prefix import AttentionSteps
 
 
 def identity_as_none(module: nn.Module | None) -> nn.Module | None:
@@ -140,7 +139,32 @@ def inside_parallel_block(block: nn.Module) -> dict[str, Any]:
     }
 
 
-ATTENTIONS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
+def separate_linears(attn: nn.Module) -> dict[str, Any]:
+    """transformers: ``q_proj``, ``k_proj`` and ``v_proj``, and an output projection of either name."""
+    q, k, v = attn.q_proj, attn.k_proj, attn.v_proj
+    out = attn.out_proj if hasattr(attn, "out_proj") else attn.o_proj
+    return {
+        "num_heads": attn.num_heads if hasattr(attn, "num_heads") else attn.num_attention_heads,
+        "scale": attn.scale if hasattr(attn, "scale") else attn.scaling,
+        "qkv_weight": torch.cat([q.weight, k.weight, v.weight]),
+        "qkv_bias": None if q.bias is None else torch.cat([q.bias, k.bias, v.bias]),
+        "proj_weight": out.weight,
+        "proj_bias": out.bias,
+    }
+
+
+def blip(attn: nn.Module) -> dict[str, Any]:
+    return {
+        "num_heads": attn.num_heads,
+        "scale": attn.scale,
+        "qkv_weight": attn.qkv.weight,
+        "qkv_bias": attn.qkv.bias,
+        "proj_weight": attn.projection.weight,
+        "proj_bias": attn.projection.bias,
+    }
+
+
+ATTENTIONS: dict[type[nn.Module] | str, Callable[[Any], dict[str, Any]]] = {
     timm.layers.Attention: fused,
     timm.layers.DiffAttention: differential,
     timm.layers.AttentionRope: rotary,
@@ -152,64 +176,12 @@ ATTENTIONS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     open_clip_transformer.Attention: open_clip_custom,
     vision_transformer.ParallelScalingBlock: inside_parallel_block,
     vision_transformer.DiffParallelScalingBlock: inside_parallel_block,
-}
-
-
-def fused_steps(attn: nn.Module) -> AttentionSteps:
-    """timm's Attention, and EvaAttention where its projections are fused."""
-
-    def qkv(x: Tensor) -> Tensor:
-        if getattr(attn, "q_bias", None) is None:
-            return attn.qkv(x)
-        # as the class itself does it: with one bias for all, it never calls its projection as a module
-        bias = separate_bias(attn)
-        return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
-
-    return AttentionSteps(
-        num_heads=attn.num_heads,
-        scale=attn.scale,
-        qkv=qkv,
-        q_norm=attn.q_norm,
-        k_norm=attn.k_norm,
-        out=lambda y: attn.proj_drop(attn.proj(attn.norm(y))),
-        drop=attn.attn_drop.p if attn.training else 0.0,
-    )
-
-
-def eva_steps(attn: nn.Module) -> AttentionSteps:
-    steps = fused_steps(attn)
-    if attn.qkv is None:
-        steps.qkv = lambda x: torch.cat([attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)], dim=-1)
-    return steps
-
-
-def multihead_steps(attn: nn.MultiheadAttention) -> AttentionSteps:
-    """PyTorch's and open_clip's own, whose input projection is a bare parameter."""
-    is_pytorchs = isinstance(attn, nn.MultiheadAttention)
-
-    def out(y: Tensor) -> Tensor:
-        if is_pytorchs:  # which never calls its output projection as a module
-            return F.linear(y, attn.out_proj.weight, attn.out_proj.bias)
-        return attn.out_drop(attn.out_proj(attn.ln_inner(y)))
-
-    drop = attn.dropout if is_pytorchs else attn.attn_drop.p
-    return AttentionSteps(
-        num_heads=attn.num_heads,
-        scale=attn.head_dim**-0.5,
-        qkv=lambda x: F.linear(x, attn.in_proj_weight, attn.in_proj_bias),
-        q_norm=nn.Identity() if is_pytorchs else attn.ln_q,
-        k_norm=nn.Identity() if is_pytorchs else attn.ln_k,
-        out=out,
-        drop=drop if attn.training else 0.0,
-    )
-
-
-# plain attentions that prefix_mode="global" can compute a second time over the patches of all frames
-STEPS: dict[type[nn.Module], Callable[[Any], AttentionSteps]] = {
-    timm.layers.Attention: fused_steps,
-    eva.EvaAttention: eva_steps,
-    nn.MultiheadAttention: multihead_steps,
-    open_clip_transformer.Attention: multihead_steps,
+    "transformers.CLIPAttention": separate_linears,
+    "transformers.SiglipAttention": separate_linears,
+    "transformers.ViTAttention": separate_linears,
+    "transformers.Dinov2Attention": separate_linears,
+    "transformers.Dinov2WithRegistersAttention": separate_linears,
+    "transformers.BlipAttention": blip,
 }
 
 
@@ -235,7 +207,11 @@ def timm_block(name: str) -> type[nn.Module] | None:
     return getattr(getattr(timm.models, module, None), cls, None)
 
 
-BLOCKS: dict[type[nn.Module] | None, BlockKind] = {
+HF_CLIP = BlockKind("self_attn", "layer_norm1", residuals=("self_attn",))
+HF_VIT = BlockKind("attention", "layernorm_before", residuals=("attention",))
+HF_DINOV2 = BlockKind("attention", "norm1", "layer_scale1.lambda1", residuals=("attention",))
+
+BLOCKS: dict[type[nn.Module] | str | None, BlockKind] = {
     vision_transformer.Block: BlockKind(layer_scale="ls1.gamma"),
     vision_transformer.ResPostBlock: BlockKind(post_norm=True, residuals=("norm1",)),
     vision_transformer.ParallelScalingBlock: BlockKind("", "in_norm", "ls.gamma", residuals=("",)),
@@ -258,7 +234,26 @@ BLOCKS: dict[type[nn.Module] | None, BlockKind] = {
     open_clip_transformer.CustomResidualAttentionBlock: BlockKind(
         norm="ln_1", layer_scale="ls_1.gamma", residuals=("ln_attn",)
     ),
+    "transformers.CLIPEncoderLayer": HF_CLIP,
+    "transformers.SiglipEncoderLayer": HF_CLIP,
+    "transformers.BlipEncoderLayer": HF_CLIP,
+    "transformers.ViTLayer": HF_VIT,
+    "transformers.Dinov2Layer": HF_DINOV2,
+    "transformers.Dinov2WithRegistersLayer": HF_DINOV2,
 }
+
+
+def row(table: Mapping[Any, Any], module: nn.Module) -> Any:
+    """The row of a module's class, or of a class it inherits from; None where there is none."""
+    for cls in type(module).__mro__:
+        for key in (cls, f"{cls.__module__.partition('.')[0]}.{cls.__name__}"):
+            if key in table:
+                return table[key]
+    return None
+
+
+def known(table: Mapping[Any, Any]) -> str:
+    return ", ".join(sorted(key if isinstance(key, str) else key.__name__ for key in table if key is not None))
 
 
 def child(module: nn.Module, path: str) -> Any:
@@ -275,39 +270,26 @@ def block_kind(block: nn.Module) -> BlockKind:
     Raises:
         BackboneError: a class that is not in the table.
     """
-    for cls in type(block).__mro__:
-        if cls in BLOCKS:
-            return BLOCKS[cls]
-    known = ", ".join(sorted(cls.__name__ for cls in BLOCKS if cls is not None))
-    raise BackboneError(
-        f"Blocks of class {type(block).__module__}.{type(block).__name__} are not supported: img2vid does not know "
-        f"where their attention is. Known: {known}. To add one, add a row to img2vid/backbones/reading.py."
-    )
+    kind = row(BLOCKS, block)
+    if kind is None:
+        raise BackboneError(
+            f"Blocks of class {type(block).__module__}.{type(block).__name__} are not supported: img2vid does not know "
+            f"where their attention is. Known: {known(BLOCKS)}. To add one, add a row to img2vid/backbones/reading.py."
+        )
+    return kind
 
 
 def read_block(block: nn.Module) -> SpatialAttention:
     """The spatial attention of an image block, with its live weights."""
     kind = block_kind(block)
     attn = child(block, kind.attn)
-    for cls in type(attn).__mro__:
-        if cls in ATTENTIONS:
-            read = ATTENTIONS[cls](attn)
-            break
-    else:
-        known = ", ".join(sorted(cls.__name__ for cls in ATTENTIONS))
-        raise BackboneError(f"Attention of class {type(attn).__name__} is not supported. Known: {known}.")
+    reader = row(ATTENTIONS, attn)
+    if reader is None:
+        raise BackboneError(f"Attention of class {type(attn).__name__} is not supported. Known: {known(ATTENTIONS)}.")
+    read = reader(attn)
     layer_scale = child(block, kind.layer_scale) if kind.layer_scale else None
     read["left_behind"] = (*read.get("left_behind", ()), *kind.left_behind)
     return SpatialAttention(**read, norm=child(block, kind.norm), layer_scale=layer_scale, post_norm=kind.post_norm)
-
-
-def attention_steps(attn: nn.Module) -> AttentionSteps:
-    """What a spatial attention does, call by call."""
-    return next(STEPS[cls] for cls in type(attn).__mro__ if cls in STEPS)(attn)
-
-
-def has_steps(attn: nn.Module) -> bool:
-    return any(cls in STEPS for cls in type(attn).__mro__)
 
 
 def residual_modules(block: nn.Module) -> list[nn.Module]:

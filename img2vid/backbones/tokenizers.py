@@ -29,6 +29,10 @@ def tokenizer_for(backbone: str | None) -> Callable[[list[str]], Tensor]:
         from img2vid.backbones.nano_clip import nano_clip_tokenizer
 
         return nano_clip_tokenizer()
+    if name.library == "hf":
+        from img2vid.backbones.from_transformers import tokenizer
+
+        return tokenizer(name)
     if name.library != "open_clip":
         raise BackboneError(f"{backbone} has no text tower, so there is nothing to tokenize for.")
     import open_clip

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from img2vid.errors import BackboneError
 from img2vid.weights import LoadReport
@@ -19,6 +20,10 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"
+
+
+def call_plainly(module: nn.Module, images: Tensor) -> Any:
+    return module(images)
 
 
 @dataclass
@@ -35,6 +40,8 @@ class ImageTower:
         any_size: whether forward takes images of other sizes than ``image_size``.
         pads: whether it pads sizes that are no multiple of ``patch_size``.
         position: how places are told apart, for people to read.
+        call: how its library wants ``module`` called with images (B, C, H, W): ``call(module, images)`` gives features
+            (B, D), or several tensors of which they are the first.
     """
 
     module: nn.Module
@@ -48,6 +55,7 @@ class ImageTower:
     in_channels: int = 3
     preprocess: Preprocess = field(default_factory=Preprocess)
     pads: bool = False
+    call: Callable[[nn.Module, Tensor], Any] = call_plainly
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -60,7 +68,8 @@ class Backbone:
     """A loaded image model: the whole of it (two towers where there is text), and its image tower.
 
     Args:
-        model: the library's own module: a timm model, or an open_clip CLIP, CustomTextCLIP or CoCa.
+        model: the library's own module: a timm model, an open_clip CLIP, CustomTextCLIP or CoCa, a model of
+            transformers.
         tower: its image tower.
         name: canonical name, None where the module was passed in by hand.
         arguments: keyword arguments it was built with beyond its name.
@@ -77,7 +86,7 @@ class Backbone:
 
     @property
     def has_text(self) -> bool:
-        return hasattr(self.model, "encode_text")
+        return hasattr(self.model, "encode_text") or hasattr(self.model, "text_decoder")
 
 
 def structural_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -108,7 +117,8 @@ def output_dim(tower: ImageTower) -> int:
     module = on_meta(tower.module).eval()
     with torch.no_grad():
         dtype = next(module.parameters()).dtype
-        features = module(torch.zeros(1, tower.in_channels, *tower.image_size, dtype=dtype, device="meta"))
+        image = torch.zeros(1, tower.in_channels, *tower.image_size, dtype=dtype, device="meta")
+        features = tower.call(module, image)
     features = features[0] if isinstance(features, tuple) else features
     if features.ndim != 2:
         raise BackboneError(
@@ -120,5 +130,7 @@ def output_dim(tower: ImageTower) -> int:
 
 
 def classes_of(module: nn.Module) -> int:
-    """Classes of a timm model's own classifier, 0 where it gives features."""
-    return module.num_classes if hasattr(module, "reset_classifier") else 0
+    """Classes of an image model's own classifier, 0 where it gives features."""
+    if hasattr(module, "reset_classifier"):  # timm
+        return module.num_classes
+    return module.config.num_labels if type(module).__name__.endswith("ForImageClassification") else 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import timm
 from open_clip.pretrained import get_pretrained_cfg
@@ -41,15 +42,18 @@ def model_card(
     source = config.backbone or f"a {type(video.base).__name__} passed in by hand"
     settings = "\n".join(
         f"| {name} | {value} |"
-        for name, value in config.to_dict().items()
+        for name, value in {**config.to_dict(), "backbone_args": told_arguments(config)}.items()
         if value not in (None, {}, ()) and name not in ("backbone", "quirks")
     )
     run = (
         f'clip = img2vid.read_clip("video.mp4", num_frames={config.num_frames})'
         "\nclips = model.normalize(clip[None])  # (1, T, 3, H, W); resize to the backbone's size first\n"
     )
+    captions = has_text and not hasattr(model.base, "encode_text")
     run += (
-        'text = model.encode_text(model.tokenize(["a photo of a cat", "a photo of a dog"]), normalize=True)\n'
+        "print(caption(model, clips, tokenizer_of(model)))  # from img2vid.captioning import caption, tokenizer_of"
+        if captions
+        else 'text = model.encode_text(model.tokenize(["a photo of a cat", "a photo of a dog"]), normalize=True)\n'
         "scores = model.encode_video(clips, normalize=True) @ text.T"
         if has_text
         else "output = model(clips)"
@@ -60,10 +64,12 @@ def model_card(
         else "No certificate was made when this was saved. Run `img2vid certify FOLDER`."
     )
     made_from = f"base_model: {hub_name}\n" if (hub_name := base_model(video)) else ""
+    task = "zero-shot-image-classification" if has_text else "video-classification"
+    task = "image-to-text" if captions else task
     trained = f"\n\n{movement}" if movement is not None else ""
     return f"""---
 library_name: img2vid
-{made_from}pipeline_tag: {"zero-shot-image-classification" if has_text else "video-classification"}
+{made_from}pipeline_tag: {task}
 tags:
 - img2vid
 - video
@@ -94,12 +100,19 @@ model = img2vid.load("this folder")
 """
 
 
+def told_arguments(config: VideoConfig) -> dict[str, Any]:
+    """``backbone_args`` for people: a whole configuration of transformers is in ``config.json``."""
+    return {key: value for key, value in config.backbone_args.items() if key != "config"}
+
+
 def base_model(video: VideoModel) -> str | None:
     """The repository on the hub that the image weights came from, where they came from there."""
     name = video.config.backbone
-    if name is None or not video.image_weights.startswith(("timm ", "open_clip ")):
+    if name is None or not video.image_weights.startswith(("timm ", "open_clip ", "transformers ")):
         return None  # random, from a file, or a video checkpoint's
     parsed = parse_name(name)
+    if parsed.library == "hf":
+        return None if os.path.isabs(parsed.architecture) else parsed.architecture
     if parsed.library == "timm":
         described = timm.get_pretrained_cfg(str(parsed).removeprefix("timm:"))
         home = getattr(described, "hf_hub_id", None)

@@ -51,14 +51,21 @@ def check_description(described: Any, path: Path, newest: int) -> None:
 def structure(model: nn.Module) -> dict[str, list]:
     """What decides a model's function and cannot be seen in the names and shapes of its weights."""
     modules = list(model.modules())
-    homes = ("torch.nn.modules.activation", "timm.layers.activations")
+    homes = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
     activations = [
         type(m).__name__
         for m in modules
         if (type(m).__module__.startswith(homes) or type(m).__name__ == "QuickGELU") and not [*m.parameters()]
     ]
     return {
-        "num_heads": sorted({m.num_heads for m in modules if isinstance(getattr(m, "num_heads", None), int)}),
+        "num_heads": sorted(
+            {
+                heads
+                for m in modules
+                for heads in (getattr(m, "num_heads", None), getattr(m, "num_attention_heads", None))  # the latter: hf
+                if isinstance(heads, int)
+            }
+        ),
         "norm_eps": sorted({m.eps for m in modules if isinstance(getattr(m, "eps", None), float)}),
         "activations": sorted(set(activations)),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from img2vid.errors import Img2VidError
 
 
@@ -16,7 +18,7 @@ class VideoError(Img2VidError, RuntimeError):
     def about(cls, path: str, problem: str) -> VideoError:
         return cls(f"{path}: {problem}", path)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.path)
 
 

@@ -179,9 +179,10 @@ class ShardedVideos(IterableDataset):
             return self.number_of[label]
         is_number = isinstance(label, int) and not isinstance(label, bool) and label >= 0
         if not is_number or (self.number_of and label >= len(self.number_of)):
-            raise VideoError.about(
-                name, f"label {label!r} is none of the {len(self.number_of)} class_names given, nor the number of one"
-            )
+            problem = f"is none of the {len(self.number_of)} class_names given, nor the number of one"
+            if isinstance(label, str) and not self.number_of:
+                problem = "is a name, and no class names were given: set data.classes, or prepare a list without labels"
+            raise VideoError.about(name, f"label {label!r} {problem}")
         return label
 
 

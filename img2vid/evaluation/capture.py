@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.model import VideoModel, first
+from img2vid.model import VideoModel
 from img2vid.temporal.block import SpaceTimeBlock
+from img2vid.temporal.pooling import first
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from img2vid.data.order import draw_seed
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.model import VideoModel, VideoTextModel, first
+from img2vid.model import VideoModel, VideoTextModel
+from img2vid.temporal.pooling import first
 
 LEVELS = ("frames", "features", "output")
 
@@ -92,6 +93,8 @@ def represent(model: VideoModel | VideoTextModel, clips: Tensor, condition: Cond
         with video.gates_closed():
             x = first(video.frame_features(steps))  # (B*S, 1, D)
         x = x.squeeze(1).unflatten(0, (len(clips), -1))  # (B, S, D)
+    if isinstance(model, VideoTextModel):
+        x = model.to_text_space(x)
     if level == "frames":
         return x
     x = video.pool(x)

@@ -210,9 +210,13 @@ def share(name: str, value: object) -> None:
         raise ObjectiveError(f"{name}={value!r}: expected a number from 0 to below 1.")
 
 
+# open_clip's image tower; transformers', and the projections it keeps outside of that
+OF_IMAGE = ("visual.", "vision_model.", "visual_projection.", "vision_proj.")
+
+
 def is_of_text(name: str, with_scale: bool = False) -> bool:
     """Whether a parameter of a VideoTextModel belongs to its text tower; its temperature belongs to both towers."""
-    return not name.startswith("visual.") and (with_scale or name not in ("logit_scale", "logit_bias"))
+    return not name.startswith(OF_IMAGE) and (with_scale or name not in ("logit_scale", "logit_bias"))
 
 
 def need_text(model: nn.Module, what: str) -> None:

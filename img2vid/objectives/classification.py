@@ -41,8 +41,9 @@ class Classification(Objective):
         spread_steps: steps, before training, in which the text tower alone learns these losses, whether or not it
             learns afterwards. Words it never met need it: with videos that nobody can tell apart yet, learning both
             at once draws the words together, not apart.
-        keep_text: weight of ``text_keep_loss``: one minus the cosine between the embeddings of ``keep_prompts`` as they
-            are and as they were before training.
+        spread_lr: learning rate of these steps, falling to zero.
+        keep_text: weight of ``text_keep_loss``: one minus the cosine between the embeddings of ``keep_prompts``, and
+            without ``keep_classes`` of the classes as well, as they are and as they were before training.
         keep_classes: weight of ``class_keep_loss``: divergence of each class's shares of ``keep_prompts``, a softmax of
             cosines times the scale, from what they were. Classes may then part in any direction but those: "the digit
             seven moving left" goes on being nearest to "the digit seven".
@@ -59,6 +60,7 @@ class Classification(Objective):
         train_text: bool = False,
         spread: float = 0.0,
         spread_steps: int = 0,
+        spread_lr: float = 1e-3,
         keep_text: float = 0.0,
         keep_classes: float = 0.0,
         keep_prompts: Sequence[str] = (),
@@ -77,18 +79,15 @@ class Classification(Objective):
             )
         if spread_steps and not spread:
             raise ObjectiveError("spread_steps needs the loss that it minimises: give spread a weight.")
-        if bool(keep_prompts) != bool(keep_text):
-            raise ObjectiveError(
-                f"keep_text={keep_text:g} is the weight of keep_prompts, of which {len(keep_prompts)} are given: "
-                "give both or neither."
-            )
+        if keep_prompts and not keep_text:
+            raise ObjectiveError("keep_prompts are what keep_text is about: give it a weight.")
         if keep_classes and not keep_prompts:
-            raise ObjectiveError("keep_classes keeps the classes' likeness to keep_prompts: give those, and keep_text.")
+            raise ObjectiveError("keep_classes keeps the classes' likeness to keep_prompts: give those.")
         if any("{}" in prompt for prompt in keep_prompts) != bool(keep_names):
             raise ObjectiveError("keep_names are what {} stands for in keep_prompts: give both or neither.")
         self.head, self.classes, self.prompts = head, classes, list(prompts)
         self.label_smoothing, self.scale, self.train_text = label_smoothing, scale, train_text
-        self.spread, self.spread_steps = spread, spread_steps
+        self.spread, self.spread_steps, self.spread_lr = spread, spread_steps, spread_lr
         self.keep_classes, self.keep_text = keep_classes, keep_text
         self.keep_prompts = [p.format(n) for p in keep_prompts for n in (keep_names if "{}" in p else [""])]
         self.trains_text = head == "text" and train_text
@@ -121,12 +120,16 @@ class Classification(Objective):
         if self.classes == "caption":
             self.index = {caption: i for i, caption in enumerate(around.captions)}
             self.keep("caption_tokens", tokens([[caption] for caption in around.captions]))
-        if self.keep_text:
+        if self.keep_prompts:
             self.keep("kept_tokens", tokens([self.keep_prompts]))
+        if self.keep_text:
+            step = Step(model, {})
             with torch.no_grad():
-                before = self.embed(Step(model, {}), [self.classes, "kept"], train=False)
-                self.keep("kept_before", before["kept"])
-                self.keep("shares_before", self.shares_of_kept(Step(model, {}), before))
+                before = self.embed(step, self.learning, train=False)
+                for name in self.kept:
+                    self.keep(f"{name}_before", before[name])
+                if self.keep_classes:
+                    self.keep("shares_before", self.shares_of_kept(step, before))
         if self.spread_steps and around.training:
             self.spread_out(Step(model, {}))
 
@@ -136,7 +139,7 @@ class Classification(Objective):
         frozen = [p for p in tower if not p.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.Adam(tower, lr=2e-3)
+        optimizer = torch.optim.Adam(tower, lr=self.spread_lr)
         # down to zero, or the last steps would leave kept prompts wherever they happened to be
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.spread_steps)
         has_labels = self.classes == "caption" and hasattr(self, "label_tokens")
@@ -158,9 +161,14 @@ class Classification(Objective):
         self.register_buffer(name, tensor, persistent=False)  # follows the model to its device; in no checkpoint
 
     @property
+    def kept(self) -> list[str]:
+        """Whose embeddings are to stay where they were."""
+        return ["kept"] * bool(self.keep_prompts) + [self.classes] * (not self.keep_classes)
+
+    @property
     def learning(self) -> list[str]:
         """What the text tower's own losses are about."""
-        return [self.classes] + ["kept"] * bool(self.keep_text)
+        return [self.classes] + ["kept"] * bool(self.keep_prompts)
 
     def embed(self, step: Step, names: Sequence[str], train: bool = True) -> dict[str, Tensor]:
         """By name, embeddings of the prompts (classes, prompts, D), each of length one.
@@ -198,7 +206,8 @@ class Classification(Objective):
         if self.spread:
             losses["text_spread_loss"] = self.spread_loss(step, text[self.classes])
         if self.keep_text:
-            losses["text_keep_loss"] = self.keep_text * (1 - (text["kept"] * self.kept_before).sum(dim=-1)).mean()
+            cosines = [(text[name] * getattr(self, f"{name}_before")).sum(dim=-1).flatten() for name in self.kept]
+            losses["text_keep_loss"] = self.keep_text * (1 - torch.cat(cosines)).mean()
         if self.keep_classes:
             shares = self.shares_of_kept(step, text)
             away = F.kl_div(shares, self.shares_before, reduction="batchmean", log_target=True)

@@ -7,11 +7,10 @@ You Need for Video Understanding?" (TimeSformer, arXiv:2102.05095).
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -122,9 +121,9 @@ class TemporalAttention(nn.Module):
             gamma = 1.0 if spatial.layer_scale is None else spatial.layer_scale
             self.qkv.weight.copy_(spatial.qkv_weight)
             self.proj.weight.copy_((spatial.proj_weight.T * gamma).T)
-            if self.qkv.bias is not None:
+            if spatial.qkv_bias is not None:
                 self.qkv.bias.copy_(spatial.qkv_bias)
-            if self.proj.bias is not None:
+            if spatial.proj_bias is not None:
                 self.proj.bias.copy_(spatial.proj_bias * gamma)
             return
         for linear in (self.qkv, self.proj):
@@ -135,48 +134,29 @@ class TemporalAttention(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, num_frames: int, num_clip_keys: int = 0) -> Tensor:
-        """Tokens (B*T, S, D) -> (B*T, S, D); position s of frame t attends to position s of all T frames.
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        """Tokens (B*T, S, D) -> (B*T, S, D); position s of frame t attends to position s of all T frames."""
+        return self.proj(self.before_proj(x, num_frames))
 
-        Args:
-            num_clip_keys: leading tokens that are the clip's, which all positions also attend to: see ``with_prefix``.
-        """
-        if num_clip_keys:
-            return self.with_prefix(x, num_frames, num_clip_keys)
+    def before_proj(self, x: Tensor, num_frames: int) -> Tensor:
+        """All of ``forward`` but its last product: (B*T, S, D) -> (B*T, S, H * head_dim)."""
         # norms and projections act on each token alone, so x itself never moves; only q, k, v are seen along T
         heads = {"t": num_frames, "qkv": 3, "h": self.num_heads}
         q, k, v = rearrange(self.qkv(x), "(b t) s (qkv h d) -> qkv b s h t d", **heads)
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, scale=self.scale)
-        return self.proj(self.inner_norm(rearrange(y, "b s h t d -> (b t) s (h d)")))
-
-    def with_prefix(self, x: Tensor, num_frames: int, num_prefix: int) -> Tensor:
-        """The same where a clip's prefix tokens, kept as T equal copies, take part (Frozen in Time, arXiv:2104.00650).
-
-        Tokens (B*T, P + N, D) -> (B*T, P + N, D): patch n attends to the P prefix tokens and to patch n of all frames;
-        a prefix token attends to the prefix tokens and to all patches of all frames.
-        """
-        heads = {"t": num_frames, "qkv": 3, "h": self.num_heads}
-        q, k, v = rearrange(self.qkv(x), "(b t) s (qkv h d) -> qkv b s h t d", **heads)  # s: prefix, then patches
-        q, k = self.q_norm(q), self.k_norm(k)
-        num_patches = x.shape[1] - num_prefix
-
-        def with_clip_keys(kv: Tensor) -> Tensor:  # (B, N, H, P + T, head_dim)
-            clip = repeat(kv[:, :num_prefix, :, 0], "b p h d -> b n h p d", n=num_patches)
-            return torch.cat([clip, kv[:, num_prefix:]], dim=3)
-
-        def all_of_clip(kv: Tensor) -> Tensor:  # (B, H, P + N*T, head_dim)
-            patches = rearrange(kv[:, num_prefix:], "b n h t d -> b h (n t) d")
-            return torch.cat([kv[:, :num_prefix, :, 0].transpose(1, 2), patches], dim=2)
-
-        attend = functools.partial(F.scaled_dot_product_attention, scale=self.scale)
-        patches = attend(q[:, num_prefix:], with_clip_keys(k), with_clip_keys(v))  # (B, N, H, T, head_dim)
-        prefix = attend(q[:, :num_prefix, :, 0].transpose(1, 2), all_of_clip(k), all_of_clip(v))  # (B, H, P, head_dim)
-        prefix = repeat(prefix, "b h p d -> b p h t d", t=num_frames)
-        y = rearrange(torch.cat([prefix, patches], dim=1), "b s h t d -> (b t) s (h d)")
-        return self.proj(self.inner_norm(y))
+        y = attend(self.q_norm(q), self.k_norm(k), v, self.scale)
+        return self.inner_norm(rearrange(y, "b s h t d -> (b t) s (h d)"))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, scale={self.scale:.4g}"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of (..., H, T, head_dim), of as many leading dimensions as there are."""
+    if q.ndim == 4 or not torch.compiler.is_exporting():
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    # ONNX knows attention of 4 dimensions only; bringing q, k, v there copies them, which nothing else needs
+    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale=scale)
+    return y.unflatten(0, q.shape[:2])
 
 
 def fresh_copy(norm: nn.Module | None) -> nn.Module | None:

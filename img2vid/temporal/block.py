@@ -13,8 +13,7 @@ it. One zero per branch keeps the function for a moment; two in a row would keep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,49 +34,19 @@ class SpaceTimeBlock(InFront):
     temporal_drop_path: nn.Module
     num_shared_tokens: int  # prefix tokens that belong to the whole clip and so have no time to attend along
     post_norm: bool  # where the image block puts its norm after its attention, so does this
-    num_clip_keys: int  # prefix tokens that attention along time sees nevertheless (quirk prefix_in_time)
-    drop_before_gate: bool
-    seen_by_space: SeenBySpaceOnly | None  # None: what attention along time adds stays in the stream
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # x: (B*T, P + N, D)
-        residual = self.temporal_residual(x)
-        if self.seen_by_space is None:
-            # the image block, untouched: its class comes next (see InFront)
-            return super().forward(x + residual, *args, **kwargs)
-        with self.seen_by_space.adding(residual):
-            return super().forward(x, *args, **kwargs)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # x: (B*T, P + N, D)
+        x = x + self.temporal_residual(x)
+        return super().forward(x, *args, **kwargs)  # the image block, untouched: its class comes next (see InFront)
 
     def temporal_residual(self, x: Tensor) -> Tensor:
-        y = x[:, self.num_shared_tokens :]
-        frames = (self.clip.num_frames, self.num_clip_keys) if self.num_clip_keys else (self.clip.num_frames,)
-        if self.post_norm:
-            y = self.temporal_norm1(self.temporal_attn(y, *frames))
-        else:
-            y = self.temporal_attn(self.temporal_norm1(y), *frames)
-        if self.drop_before_gate:
-            y = self.temporal_fc(self.temporal_drop_path(y))
-        else:  # differs from TimeSformer: a dropped branch adds nothing at all, not the gate's bias
-            y = self.temporal_drop_path(self.temporal_fc(y))
+        y = self.branch(x[:, self.num_shared_tokens :])
         return F.pad(y, (0, 0, self.num_shared_tokens, 0)).to(x.dtype)  # back to (B*T, P + N, D)
 
-
-class SeenBySpaceOnly:
-    """Forward pre-hook on the norm in front of attention over space: there, and only there, time has been added.
-
-    Frozen in Time's residual: ``x + attn(norm1(x + temporal_residual))``, in which the stream itself does not keep
-    what attention along time added (quirk block_input_residual).
-    """
-
-    def __init__(self) -> None:
-        self.residual: Tensor | None = None
-
-    @contextmanager
-    def adding(self, residual: Tensor) -> Iterator[None]:
-        self.residual = residual
-        try:
-            yield
-        finally:
-            self.residual = None
-
-    def __call__(self, module: nn.Module, args: tuple) -> tuple:
-        return (args[0] + self.residual, *args[1:])
+    def branch(self, y: Tensor) -> Tensor:
+        if self.post_norm:
+            y = self.temporal_norm1(self.temporal_attn(y, self.clip.num_frames))
+        else:
+            y = self.temporal_attn(self.temporal_norm1(y), self.clip.num_frames)
+        # differs from TimeSformer: stochastic depth comes after the gate, so a dropped branch adds nothing at all
+        return self.temporal_drop_path(self.temporal_fc(y))

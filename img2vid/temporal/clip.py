@@ -40,7 +40,7 @@ class ClipContext:
         finally:
             self._num_frames = before
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[ClipContext], tuple[()]]:
         return ClipContext, ()  # copies and pickles take no lock along
 
     @property

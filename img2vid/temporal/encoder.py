@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +15,8 @@ from img2vid.temporal.gates import zero_linear
 class TemporalEncoderBlock(nn.Module):
     """A pre-norm transformer block along time whose two residual branches each end in one zero."""
 
+    fused: Any  # attn_fc after attn's projection, as one product, or None (img2vid.temporal.fusing)
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -21,12 +25,16 @@ class TemporalEncoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
         self.fc2 = zero_linear(int(dim * mlp_ratio), dim)
+        self.register_module("fused", None)
         for linear in (self.attn.qkv, self.attn.proj, self.fc1):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:  # (B*T, 1, D)
-        x = x + self.attn_fc(self.attn(self.norm1(x), num_frames))
+        if self.fused is not None and self.fused.stands_in():
+            x = x + self.fused(self.attn.before_proj(self.norm1(x), num_frames))
+        else:
+            x = x + self.attn_fc(self.attn(self.norm1(x), num_frames))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 

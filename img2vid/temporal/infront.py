@@ -20,10 +20,7 @@ class InFront(nn.Module):
 
     def __reduce__(self):
         # these classes are made at run time; pickle and deepcopy make them again from what they are made of
-        layers, cls = [], type(self)
-        while issubclass(cls, InFront):
-            layers, cls = [cls.__mro__[1], *layers], cls.behind
-        return revive, (cls, *layers), self.__dict__
+        return revive, (own_class(self), *fronts_of(self)), self.__dict__
 
 
 @functools.cache
@@ -35,8 +32,18 @@ def put_in_front(block: nn.Module, front: type[InFront]) -> None:
     block.__class__ = class_in_front(front, type(block))
 
 
-def take_from_front(block: InFront) -> None:
-    block.__class__ = type(block).behind
+def take_from_front(block: nn.Module, front: type[InFront]) -> None:
+    """Undo ``put_in_front``, wherever among other classes it stands."""
+    fronts = [other for other in fronts_of(block) if other is not front]
+    block.__class__ = functools.reduce(lambda behind, other: class_in_front(other, behind), fronts, own_class(block))
+
+
+def fronts_of(module: nn.Module) -> list[type[InFront]]:
+    """What stands in front of a module's own class, in the order it was put there."""
+    fronts, cls = [], type(module)
+    while issubclass(cls, InFront):
+        fronts, cls = [cls.__mro__[1], *fronts], cls.behind
+    return fronts
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

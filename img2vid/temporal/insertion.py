@@ -7,11 +7,12 @@ import copy
 from torch import nn
 
 from img2vid.temporal.attention import SpatialAttention, TemporalAttention, fresh_copy
-from img2vid.temporal.block import SeenBySpaceOnly, SpaceTimeBlock
+from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.dropping import ClipDropPath
 from img2vid.temporal.gates import make_gate
 from img2vid.temporal.infront import put_in_front
+from img2vid.temporal.unchanged import ShutGate, SkippedWhenShut
 
 
 def insert_temporal_attention(
@@ -23,9 +24,6 @@ def insert_temporal_attention(
     gate: str = "temporal_fc",
     num_shared_tokens: int = 0,
     drop_path: float = 0.0,
-    drop_before_gate: bool = False,
-    num_clip_keys: int = 0,
-    seen_by: nn.Module | None = None,
 ) -> None:
     """Turn an image block into a ``SpaceTimeBlock``: three new children, one new base class, no renamed key.
 
@@ -36,10 +34,6 @@ def insert_temporal_attention(
         gate: ``temporal_fc`` | ``tanh`` | ``none``.
         num_shared_tokens: leading tokens that get no attention along time.
         drop_path: stochastic depth rate of the new branch.
-        drop_before_gate: whether it comes before the gate.
-        num_clip_keys: leading tokens, equal in all frames of a clip, that each position along time also attends to, and
-            that attend to the whole clip themselves.
-        seen_by: the one module of the block that is to see what the branch adds; None for the residual stream.
     """
     device, dtype = spatial.qkv_weight.device, spatial.qkv_weight.dtype
     put_in_front(block, SpaceTimeBlock)
@@ -51,8 +45,5 @@ def insert_temporal_attention(
         module.requires_grad_(True)  # copies of frozen norms would come frozen
     block.temporal_drop_path = ClipDropPath(drop_path, clip) if drop_path > 0.0 else nn.Identity()
     block.num_shared_tokens, block.post_norm = num_shared_tokens, spatial.post_norm
-    block.num_clip_keys, block.drop_before_gate = num_clip_keys, drop_before_gate
-    block.seen_by_space = None
-    if seen_by is not None:
-        block.seen_by_space = SeenBySpaceOnly()
-        seen_by.register_forward_pre_hook(block.seen_by_space)
+    put_in_front(block, SkippedWhenShut)
+    block.shut = ShutGate()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -23,8 +24,10 @@ from torch.nn import functional as F
 
 from img2vid.temporal.clip import ClipContext
 
+Output = Tensor | tuple[Any, ...]  # of an attention: some return more than the tokens
 
-def with_first(output: Tensor | tuple, tokens: Tensor) -> Tensor | tuple:
+
+def with_first(output: Output, tokens: Tensor) -> Output:
     """``output`` of a module with its token tensor replaced (nn.MultiheadAttention returns a tuple)."""
     return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
@@ -39,7 +42,9 @@ class AveragePrefix:
     def __init__(self, clip: ClipContext, num_prefix_tokens: int) -> None:
         self.clip, self.num_prefix_tokens = clip, num_prefix_tokens
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]
+    ) -> Tensor | tuple[Any, ...]:
         tokens = output[0] if isinstance(output, tuple) else output  # (B*T, P + N, D)
         prefix = tokens[:, : self.num_prefix_tokens]
         prefix = rearrange(prefix, "(b t) p d -> b t p d", t=self.clip.num_frames)
@@ -59,10 +64,10 @@ class DrawPrefixOnce:
     def __init__(self, clip: ClipContext, num_prefix_tokens: int) -> None:
         self.clip, self.num_prefix_tokens = clip, num_prefix_tokens
 
-    def after_block(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def after_block(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return self.drawn_once(output) if block.training else output
 
-    def before_block(self, block: nn.Module, args: tuple) -> tuple:
+    def before_block(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.drawn_once(args[0]), *args[1:]) if block.training else args
 
     def drawn_once(self, tokens: Tensor) -> Tensor:
@@ -96,9 +101,12 @@ class AttendToAllFrames:
     def __init__(self, clip: ClipContext, num_prefix_tokens: int, read: Callable[[nn.Module], AttentionSteps]) -> None:
         self.clip, self.num_prefix_tokens, self.read = clip, num_prefix_tokens, read
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | tuple[Any, ...]
+    ) -> Tensor | tuple[Any, ...]:
         steps, num_prefix, num_frames = self.read(module), self.num_prefix_tokens, self.clip.num_frames
-        x = rearrange(args[0], "(b t) n d -> b t n d", t=num_frames)  # n: prefix and patches, already normalised
+        tokens = args[0] if args else kwargs["hidden_states"]  # as transformers calls it
+        x = rearrange(tokens, "(b t) n d -> b t n d", t=num_frames)  # n: prefix and patches, already normalised
         patches = rearrange(x[:, :, num_prefix:], "b t n d -> b (t n) d")
         x = torch.cat([x[:, 0, :num_prefix], patches], dim=1)  # (B, P + T*N, D)
         q, k, v = rearrange(steps.qkv(x), "b s (qkv h d) -> qkv b h s d", qkv=3, h=steps.num_heads)

@@ -146,20 +146,20 @@ class GradualUnfreezing:
     def __post_init__(self) -> None:
         if not isinstance(self.milestones, Mapping) or not self.milestones:
             raise TuningError(f"milestones={self.milestones!r}: expected times with layers, such as {{0: 1, 5: all}}.")
-        thawed = -1
+        thawed: float = -1
         for time, number in sorted(self.milestones.items()):
-            valid = number == "all" or (is_count(number) and number >= thawed and thawed != float("inf"))
+            valid = number == "all" or (is_count(number) and layers(number) >= thawed and thawed != float("inf"))
             if not is_count(time) or not valid:
                 raise TuningError(
                     f"milestones={dict(self.milestones)!r}: at {time!r}, {number!r} layers. Expected whole numbers "
                     "of layers that never fall, or 'all', at whole numbers of epochs or steps."
                 )
-            thawed = float("inf") if number == "all" else number
+            thawed = layers(number)
 
     def thawed(self, now: int) -> float:
         """Layers, from the output, that train at this time; infinity for all."""
         reached = [number for time, number in sorted(self.milestones.items()) if time <= now]
-        return 0 if not reached else float("inf") if reached[-1] == "all" else reached[-1]
+        return layers(reached[-1]) if reached else 0
 
     def waiting(self, model: VideoModel | VideoTextModel, now: int) -> dict[str, nn.Parameter]:
         """Pretrained parameters that must not move yet."""
@@ -175,6 +175,11 @@ class GradualUnfreezing:
         for parameter in held:
             parameter.grad = None
         return len(held)
+
+
+def layers(number: int | str) -> float:
+    """How many layers a milestone thaws; infinity for ``all``."""
+    return float("inf") if number == "all" else int(number)
 
 
 def is_count(value: object) -> bool:

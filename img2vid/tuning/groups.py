@@ -71,7 +71,7 @@ def places(model: VideoModel | VideoTextModel, names: list[str]) -> dict[str, Pl
     """The layer of each parameter."""
     has_text = isinstance(model, VideoTextModel)
     tower = image_tower_of(model).tower
-    prefix = "visual." if has_text else ""
+    prefix = model.tower_prefix if has_text else ""
     head = place_in_image_tower(tower, "head")
     late = {
         "temporal_encoder": Place("image", "temporal_encoder", head.depth + 1, 0),
@@ -79,7 +79,7 @@ def places(model: VideoModel | VideoTextModel, names: list[str]) -> dict[str, Pl
     }
     if model.config.attention == "factorised_encoder":  # there time enters behind the head
         late["time_embed"] = late["temporal_encoder"]
-    beside = places_beside_image_tower(name for name in names if not name.startswith(prefix))
+    beside = places_beside_image_tower((name for name in names if not name.startswith(prefix)), len(tower.blocks))
     found = {}
     for name in names:
         own = name.removeprefix(prefix)

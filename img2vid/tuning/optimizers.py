@@ -55,7 +55,7 @@ def parameter_groups(
     number("weight_decay", weight_decay, least=0.0)
     if layer_decay is not None and not 0.0 < number("layer_decay", layer_decay, least=0.0) <= 1.0:
         raise TuningError(f"layer_decay={layer_decay!r}: expected a number above 0 and at most 1, or none.")
-    decayed, found = decayed_names(model), {}
+    decayed, found = decayed_names(model), dict[str, dict[str, Any]]()
     for layer in layer_groups(model):
         rate = lr * multipliers[layer.origin] * (multipliers["text"] if layer.tower == "text" else 1.0)
         tower = "text/" if layer.tower == "text" else ""
@@ -92,7 +92,7 @@ def build_optimizer(
         name: ``adamw`` (betas, eps) | ``sgd`` (momentum, nesterov; its weight decay is an L2 penalty).
     """
     if name == "adamw":
-        return torch.optim.AdamW(groups, betas=tuple(betas), eps=eps)
+        return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps)
     if name == "sgd":
         return torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov)
     raise TuningError(f"optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}.{nearest(str(name), OPTIMIZERS)}")

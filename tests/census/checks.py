@@ -18,7 +18,8 @@ from img2vid.backbones.tower import ImageTower, structural_copy
 from img2vid.certificate import Certificate, certify
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.evidence import largest
-from img2vid.model import COPIED_KEYS, NEW_KEYS, VideoModel
+from img2vid.model import VideoModel
+from img2vid.origins import COPIED_KEYS, NEW_KEYS
 from tests.census.models import WIDE_GRID
 
 COPY_TOLERANCE = 1e-5  # of the largest value; the copy computes the same in another order

@@ -202,6 +202,8 @@ def test_bad_samples_are_named_and_limited(shards, tmp_path, caplog):
         stream([])
     with pytest.raises(VideoError, match="none of the 1 class_names"):
         list(stream(shards, class_names=["swim"]))
+    with pytest.raises(VideoError, match=r"no class names were given: set data\.classes"):
+        list(stream(shards, class_names=None))
 
 
 def test_what_a_tar_cannot_hold_is_refused(videos, tmp_path):

@@ -1,0 +1,201 @@
+"""Less arithmetic along time for inference: the same function, and nothing of the model has changed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import img2vid
+from img2vid.temporal.fusing import FusedProjection
+from tests.conftest import randomize, small_clip, small_vit
+
+FUSIBLE = [
+    {},
+    {"gate": "tanh"},
+    {"prefix_mode": "shared"},
+    {"prefix_mode": "global"},
+    {"attention": "factorised_encoder"},
+    {"temporal_layers": "last:2"},
+]
+
+
+def make(image_model=None, **settings):
+    model = img2vid.convert(small_vit() if image_model is None else image_model, num_frames=4, **settings)
+    return randomize(model, seed=3).eval()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def fused_layers(model):
+    return sum(isinstance(module, FusedProjection) for module in model.modules())
+
+
+@pytest.mark.parametrize("settings", FUSIBLE, ids=str)
+@torch.no_grad()
+def test_fused_and_back(settings, clips):
+    model = make(**settings)
+    before, state = model(clips), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert model.fuse() is model and fused_layers(model) > 1
+    after = model(clips)
+    assert not torch.equal(after, before), "it is another computation"
+    torch.testing.assert_close(after, before, atol=2e-6, rtol=1e-5)
+    assert same(model.state_dict(), state), "names and weights stay"
+    model.unfuse()
+    assert fused_layers(model) == 0
+    assert same(model.state_dict(), state) and torch.equal(model(clips), before)
+
+
+@torch.no_grad()
+def test_the_algebra(clips):
+    """Against W_fc W_proj and W_fc b_proj + b_fc, written out."""
+    block = make().fuse().blocks[0]
+    proj, gate = block.temporal_attn.proj, block.temporal_fc
+    torch.testing.assert_close(block.fused.weight, gate.weight @ proj.weight, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(block.fused.bias, gate.weight @ proj.bias + gate.bias, atol=1e-6, rtol=1e-5)
+    tanh = make(gate="tanh").fuse().blocks[0]
+    scale = tanh.temporal_fc.alpha.tanh()
+    torch.testing.assert_close(tanh.fused.weight, scale * tanh.temporal_attn.proj.weight)
+    torch.testing.assert_close(tanh.fused.bias, scale * tanh.temporal_attn.proj.bias)
+
+
+@torch.no_grad()
+def test_a_norm_in_front_of_the_projection_stays_in_front(clips):
+    model = make(small_vit(scale_attn_norm=True, qkv_bias=False, proj_bias=False))
+    assert isinstance(model.blocks[0].temporal_attn.inner_norm, nn.LayerNorm)
+    assert model.blocks[0].temporal_attn.proj.bias is None
+    before = model(clips)
+    torch.testing.assert_close(model.fuse()(clips), before, atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_changed_weights_are_folded_anew(clips):
+    model, plain = make().fuse(), make()
+    for each in (model, plain):
+        randomize(each, seed=4)
+    torch.testing.assert_close(model(clips), plain(clips), atol=2e-6, rtol=1e-5)
+    model.load_state_dict(make().state_dict())
+    torch.testing.assert_close(model(clips), make()(clips), atol=2e-6, rtol=1e-5)
+    plain = make()
+    with model.gates_closed(), plain.gates_closed():
+        assert torch.equal(model(clips), plain(clips))
+    torch.testing.assert_close(model(clips), make()(clips), atol=2e-6, rtol=1e-5)
+    moved = make().fuse().to(torch.float64)
+    torch.testing.assert_close(moved(clips.double()), make().double()(clips.double()), atol=1e-12, rtol=1e-12)
+
+
+def test_training_and_gradients_go_through_the_weights_themselves(clips):
+    gradients = []
+    for fuse in (False, True):
+        model = make()
+        if fuse:
+            model.fuse()
+        model(clips).sum().backward()  # in eval mode, too
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    model = make()
+    with pytest.raises(img2vid.Img2VidError, match=r"model\.eval\(\)\.fuse\(\)"):
+        model.train().fuse()
+    model.eval().fuse().train()
+    assert torch.equal(model(clips), make().train()(clips))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(clips).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        fused = model.eval()(clips)
+        torch.testing.assert_close(fused, model.unfuse()(clips), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_fused_model_is_saved_copied_and_watched_as_any_other(clips, tmp_path):
+    image = {"backbone": "vit_tiny", "random_weights": True, "image_size": 32, "num_frames": 3}
+    model = randomize(img2vid.convert(**image), seed=3).eval()
+    model.save_pretrained(tmp_path / "plain")
+    model.fuse().save_pretrained(tmp_path / "fused")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "fused")]
+    assert files[0] == files[1]
+    model = make().fuse()
+    assert torch.equal(copy.deepcopy(model)(clips), model(clips))
+    seen = []
+    model.blocks[0].temporal_fc.register_forward_hook(lambda *call: seen.append(call))
+    model(clips)
+    assert len(seen) == 1, "who watches a gate sees it work"
+
+
+@torch.no_grad()
+def test_what_cannot_be_fused_says_so(clips):
+    for settings in ({"gate": "none"}, {"attention": "joint_space_time", "prefix_mode": "shared"}):
+        with pytest.raises(img2vid.Img2VidError, match="Nothing can be folded"):
+            make(**settings).fuse()
+    clip = make(small_clip())
+    before = clip.encode_video(clips)
+    torch.testing.assert_close(clip.fuse().encode_video(clips), before, atol=2e-6, rtol=1e-5)
+    clip.unfuse()
+    assert torch.equal(clip.encode_video(clips), before)
+
+
+# ---- branches behind a gate that is zero and frozen
+
+
+def frozen_at_zero(**settings):
+    model = make(**settings)
+    with torch.no_grad():
+        for parameter in model.zero_parameters().values():
+            parameter.zero_()
+    for block in model.blocks:
+        block.temporal_fc.requires_grad_(False)
+    return model
+
+
+def calls_along_time(model, run):
+    """How many of its layers attend along time; a patch and no hook, for which the branch would not be left out."""
+    counted = []
+    for block in model.blocks:
+        attention = block.temporal_attn
+        attention.before_proj = lambda *args, own=attention.before_proj: counted.append(1) or own(*args)
+    run()
+    for block in model.blocks:
+        del block.temporal_attn.before_proj
+    return len(counted)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gate": "tanh"}, {"prefix_mode": "shared"}], ids=str)
+@torch.no_grad()
+def test_a_branch_frozen_at_zero_is_left_out(settings, clips):
+    model, plain = frozen_at_zero(**settings), frozen_at_zero(**settings)
+    for block in plain.blocks:
+        block.temporal_fc.requires_grad_(True)
+    assert calls_along_time(plain, lambda: plain(clips)) == 3, "only what is frozen, too"
+    assert calls_along_time(model, lambda: model(clips)) == 0
+    assert torch.equal(model(clips).view(torch.int32), plain(clips).view(torch.int32)), "the same bits"
+    next(iter(model.blocks[1].temporal_fc.parameters())).fill_(0.1)
+    assert calls_along_time(model, lambda: model(clips)) == 1, "and as long as it is zero"
+
+
+def test_it_is_not_left_out_where_gradients_or_random_numbers_depend_on_it(clips):
+    model = frozen_at_zero()
+    assert calls_along_time(model, lambda: model(clips)) == 3
+    for block in model.blocks:
+        block.temporal_attn.requires_grad_(False)
+        block.temporal_norm1.requires_grad_(False)
+    assert calls_along_time(model.train(), lambda: model(clips)) == 0
+    dropping = img2vid.convert(small_vit(drop_path_rate=0.5), num_frames=4).train()
+    dropping.requires_grad_(False)
+    assert calls_along_time(dropping, lambda: dropping(clips)) == 2, "the first layer of three never drops"
+
+
+@torch.no_grad()
+def test_signs_of_zeros_and_what_is_not_finite():
+    """Left out, tokens keep their own bits; computed, -0.0 + 0.0 is 0.0 and a token that is nan spreads along time."""
+    block = frozen_at_zero().blocks[0]
+    x = torch.randn(3, 17, 48)
+    x[:, 2] = -0.0
+    with block.clip.of(3):
+        assert block.adds_nothing()
+        added = x + block.temporal_residual(x)
+        assert torch.equal(added, x) and not torch.equal(added.view(torch.int32), x.view(torch.int32))
+        x[0, 5] = float("nan")
+        assert (x + block.temporal_residual(x))[1, 5].isnan().all()
