@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -13,6 +14,7 @@ import yaml
 import img2vid
 from img2vid.cli import main
 from img2vid.config import ConfigError, VideoConfig
+from img2vid.data.errors import ListError
 from img2vid.data.lists import read_list
 from img2vid.data.module import VideoData
 from img2vid.objectives import Classification, Contrastive
@@ -221,6 +223,17 @@ def test_a_test_of_another_checkpoint_asks_its_own_text_tower(motion_set, tmp_pa
     for one in (module, other):
         trainer.test(one, datamodule=trainer.datamodule, ckpt_path=str(tmp_path / "other.ckpt"), verbose=False)
     assert torch.equal(scores[id(module)], scores[id(other)])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_fewer_videos_to_validate_than_processes_is_said_by_all(motion_set, tmp_path, rank):
+    few = tmp_path / "one.csv"
+    few.write_text("".join((motion_set / "val.csv").read_text().splitlines(True)[:2]))
+    data = VideoData(val_list=str(few), root=str(motion_set), num_frames=2, num_workers=0, spec=training().input_spec())
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+    data.setup()
+    with pytest.raises(ListError, match="1 videos cannot be shared among 2 processes"):
+        data.val_dataloader()
 
 
 def test_the_temperature_stays_within_clips_bound(motion_set, tmp_path):

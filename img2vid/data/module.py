@@ -192,6 +192,11 @@ class VideoData(pl.LightningDataModule):
         transform = TestTransform(self.spec, num_crops)
         given = dict(backend=options.backend, on_error=options.on_error, seed=options.seed)
         dataset = VideoDataset(self._list(name), self._sampler(num_clips), transform, **given)
+        if len(dataset) < world_size:  # said by all processes at once: one without videos would end alone
+            raise ListError(
+                f"{dataset.videos.source}: {len(dataset)} videos cannot be shared among {world_size} processes; "
+                "give a longer list or fewer devices"
+            )
         workers = worker_options(options.num_workers, options.timeout_seconds, options.start_method)
         size = options.eval_batch_size or options.batch_size
         return DataLoader(dataset, size, sampler=EvalSampler(len(dataset), rank, world_size), **workers)
