@@ -29,6 +29,7 @@ from img2vid.tuning import (
 )
 from img2vid.tuning.groups import decayed_names
 from img2vid.tuning.optimizers import MULTIPLIERS
+from img2vid.tuning.recipe import Tuning
 from img2vid.tuning.schedules import schedule_factor
 from tests.conftest import small_clip, small_vit
 
@@ -569,3 +570,11 @@ def test_the_documentation_runs_and_names_every_policy_and_schedule():
     assert max(group["initial_lr"] for group in names["groups"]) == pytest.approx(1e-4 * 0.75)
     for name in (*freezing.POLICIES, *schedules.SCHEDULES, *MULTIPLIERS):
         assert f"| `{name}`" in text, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "decay"), [({}, 0.05), ({"optimizer": "sgd"}, 1e-4), ({"weight_decay": 0.0}, 0.0)]
+)
+def test_each_optimiser_has_its_usual_weight_decay(settings, decay):
+    groups = {group["name"]: group["weight_decay"] for group in Tuning(**settings).groups(video_vit())}
+    assert groups["pretrained"] == decay and groups["pretrained/no_decay"] == 0.0

@@ -14,6 +14,8 @@ from img2vid.tuning.groups import TuningError
 from img2vid.tuning.optimizers import build_optimizer, parameter_groups
 from img2vid.tuning.schedules import build_schedule
 
+USUAL_DECAY = {"adamw": 0.05, "sgd": 1e-4}
+
 
 @dataclass
 class Tuning:
@@ -24,7 +26,8 @@ class Tuning:
         multipliers: of the rates of ``pretrained`` (1), ``copied`` (5) and ``new`` (10) parameters, and on top of
             that of the text tower (``text``, 1) and the time embedding (``time_embed``, 1).
         layer_decay: factor on the rate per layer, from the output down; None for none.
-        weight_decay: of matrices; norms, biases, gates and embeddings have none.
+        weight_decay: of matrices; norms, biases, gates and embeddings have none. None for what each optimiser is used
+            with: 0.05 for AdamW, 1e-4 for SGD, where it is a penalty of the gradient and not of the weight.
         optimizer: ``adamw`` (betas) | ``sgd`` (momentum).
         schedule: ``cosine`` | ``constant`` | ``step`` (at milestones, by factors).
         warmup: steps, or a fraction of all steps below 1.
@@ -36,7 +39,7 @@ class Tuning:
     lr: float = 1e-5
     multipliers: dict[str, float] = field(default_factory=dict)
     layer_decay: float | None = None
-    weight_decay: float = 0.05
+    weight_decay: float | None = None
     optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.98)
     momentum: float = 0.9
@@ -56,7 +59,7 @@ class Tuning:
             self.lr,
             multipliers=self.multipliers,
             layer_decay=self.layer_decay,
-            weight_decay=self.weight_decay,
+            weight_decay=USUAL_DECAY.get(self.optimizer, 0.0) if self.weight_decay is None else self.weight_decay,
         )
 
     def build(self, model: VideoModel | VideoTextModel, total_steps: int) -> tuple[Optimizer, LambdaLR]:
