@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import img2vid
-from img2vid import choices, keytable
+from img2vid import choices
 from img2vid.checkpoints.dialect import Foreign
 from img2vid.checkpoints.importing import DIALECTS
 from img2vid.cli import main
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.model import VideoModel
+from img2vid.weights import keytable
 from tests.conftest import randomize, small_clip, small_vit
 from tests.parity import made
 from tests.parity.made import HEADS

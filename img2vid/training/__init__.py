@@ -4,5 +4,6 @@ Importing this imports Lightning; what is optimised (img2vid.objectives) and how
 """
 
 from img2vid.training.module import TrainingError, VideoTraining
+from img2vid.tuning.recipe import Tuning
 
-__all__ = ["TrainingError", "VideoTraining"]
+__all__ = ["TrainingError", "Tuning", "VideoTraining"]
