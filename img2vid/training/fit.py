@@ -82,6 +82,9 @@ def main(argv: Sequence[str]) -> int:
         warnings.filterwarnings("ignore", message=message)
     advertised = "lightning.pytorch.utilities.rank_zero"
     logging.getLogger(advertised).addFilter(lambda record: not record.getMessage().startswith("💡 Tip:"))
+    own = logging.getLogger("lightning.pytorch")
+    if own.handlers:  # libraries give the root logger a handler by merely logging: each line would come twice
+        own.propagate = False
     overwrite = {"overwrite": True}  # the configuration of the last run in this folder, as its logs and checkpoints
     try:
         TrainingCLI(
