@@ -27,6 +27,7 @@ from img2vid.errors import Img2VidError
 from img2vid.model import VideoModel, VideoTextModel
 from img2vid.temporal.fusing import branches
 from img2vid.temporal.pooling import first
+from img2vid.temporal.unchanged import as_last_seen
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # the extra "export"
 METADATA = "img2vid.json"  # where torch.export and TorchScript keep what ONNX keeps in its metadata
@@ -162,9 +163,11 @@ def least_steps(program: Program, format: str) -> int:
 
 
 def recorded(program: Program) -> torch.export.ExportedProgram:
+    """``program`` as it is now: it must have run since its weights last changed."""
     example = program.example(*program.recorded_with)
     try:
-        return torch.export.export(program, (example,), dynamic_shapes=(program.dynamic(),), strict=False)
+        with as_last_seen():
+            return torch.export.export(program, (example,), dynamic_shapes=(program.dynamic(),), strict=False)
     except (RuntimeError, ValueError) as error:
         backbone = program.model.config.backbone or "this image model"
         raise ExportError(

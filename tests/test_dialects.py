@@ -621,3 +621,26 @@ def test_time_of_each_patch_has_one_size(clips):
 
 def test_the_commands_know_every_dialect():
     assert set(choices.DIALECTS) == set(DIALECTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"global_pool": "avg", "fc_norm": False}, r"pooling are \['avg'\] here, \['token'\] there"),
+        ({"activation": "gelu_tanh"}, r"approximations are \['tanh'\] here, \['none'\] there"),
+        ({"final_norm": False}, r"nothing was written(.|\n)*2 missing:"),
+    ],
+)
+def test_what_no_key_and_no_shape_shows_is_compared_too(arguments, message, tmp_path):
+    sizes = {"embed_dim": 64, "depth": 2, "num_heads": 1}
+    model = img2vid.convert(
+        "timm:vit_tiny_patch16_224",
+        random_weights=True,
+        image_size=32,
+        num_frames=4,
+        prefix_mode="shared",
+        backbone_args=sizes | arguments,
+    )
+    with pytest.raises(WeightsError, match=message):
+        img2vid.export_checkpoint(model, tmp_path / "a.pyth", "timesformer")
+    assert not any(tmp_path.iterdir())

@@ -199,3 +199,51 @@ def test_signs_of_zeros_and_what_is_not_finite():
         assert torch.equal(added, x) and not torch.equal(added.view(torch.int32), x.view(torch.int32))
         x[0, 5] = float("nan")
         assert (x + block.temporal_residual(x))[1, 5].isnan().all()
+
+
+# ---- what is remembered of weights must be of the weights that are there
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_an_exported_program_has_the_weights_of_now(fused, clips):
+    model = (make() if fused else frozen_at_zero()).requires_grad_(False)
+    if fused:
+        model.fuse()
+    before = model(clips)
+    randomize(model, seed=4).requires_grad_(False)
+    program = torch.export.export(model, (clips,), strict=False).module()
+    assert not torch.allclose(model(clips), before, atol=1e-2)
+    torch.testing.assert_close(program(clips), model(clips))
+
+
+@torch.no_grad()
+def test_what_is_put_in_the_place_of_a_gate_after_fusing_runs(clips):
+    model = make().fuse()
+    before = model(clips)
+    for block in model.blocks:
+        block.temporal_fc = nn.Sequential(block.temporal_fc, nn.Tanh())
+    wrapped = model(clips)
+    assert not torch.allclose(wrapped, before, atol=1e-3)
+    assert torch.equal(wrapped, model.unfuse()(clips))
+
+
+@torch.no_grad()
+def test_a_reparametrised_gate_is_not_taken_for_zero(clips):
+    class Shifted(nn.Module):
+        def forward(self, weight):
+            return weight + torch.eye(len(weight))
+
+    model = frozen_at_zero().requires_grad_(False)
+    for block in model.blocks:
+        nn.utils.parametrize.register_parametrization(block.temporal_fc, "weight", Shifted())
+    assert calls_along_time(model, lambda: model(clips)) == 3
+
+
+def test_folded_in_inference_mode_it_still_takes_gradients(clips):
+    model = make().requires_grad_(False).fuse()
+    model.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        model(clips)
+    model(clips.requires_grad_()).sum().backward()
+    assert bool(clips.grad.any())

@@ -68,6 +68,16 @@ def structure(model: nn.Module) -> dict[str, list]:
         ),
         "norm_eps": sorted({m.eps for m in modules if isinstance(getattr(m, "eps", None), float)}),
         "activations": sorted(set(activations)),
+        # by its class alone, GELU and its approximation through tanh are one
+        "approximations": sorted({m.approximate for m in modules if isinstance(m, nn.GELU)}),
+        "pooling": sorted(
+            {
+                pool
+                for m in modules
+                for pool in (getattr(m, "global_pool", None), getattr(m, "pool_type", None))  # timm's, open_clip's
+                if isinstance(pool, str)
+            }
+        ),
     }
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from img2vid.backbones.hf_folder import CONFIG, FILES, PIXELS, RESAMPLING
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.description import structure
-from img2vid.checkpoints.dialect import Dialect, Foreign
+from img2vid.checkpoints.dialect import Dialect, Foreign, account
 from img2vid.checkpoints.folders import replacing
 from img2vid.checkpoints.importing import DIALECTS, described
 from img2vid.checkpoints.native import separate
@@ -125,6 +125,12 @@ def compare(model: VideoModel, dialect: Dialect, file: Foreign) -> list[str]:
             f"{dialect.title} is another function than this model, nothing was written: {'; '.join(wrong)}. Convert or "
             "import with the settings of the dialect to train a model that can be exported."
         )
+    try:
+        account(dialect, file, dialect.to_theirs(again.state_dict(), config))
+    except WeightsError as error:
+        raise WeightsError(
+            f"{dialect.title} has other weights than this model, nothing was written. {error}"
+        ) from error
     rate = own.backbone_args.get("drop_path_rate", 0.0)
     there = config.backbone_args.get("drop_path_rate", 0.0)
     if rate != there:

@@ -31,7 +31,7 @@ class TemporalEncoderBlock(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:  # (B*T, 1, D)
-        if self.fused is not None and self.fused.stands_in():
+        if self.fused is not None and self.fused.stands_in(self.attn, self.attn_fc):
             x = x + self.fused(self.attn.before_proj(self.norm1(x), num_frames))
         else:
             x = x + self.attn_fc(self.attn(self.norm1(x), num_frames))

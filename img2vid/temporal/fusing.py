@@ -19,7 +19,7 @@ from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.gates import TanhGate
 from img2vid.temporal.infront import InFront, put_in_front, take_from_front
-from img2vid.temporal.unchanged import is_watched, state_of
+from img2vid.temporal.unchanged import is_readable, is_watched, sees_the_present, state_of
 
 BRANCHES = (("temporal_attn", "temporal_fc"), ("attn", "attn_fc"))  # attention along time, and the gate behind it
 
@@ -27,9 +27,10 @@ BRANCHES = (("temporal_attn", "temporal_fc"), ("attn", "attn_fc"))  # attention 
 class FusedProjection(nn.Module):
     """An attention's output projection and the gate behind it as one product (..., H * head_dim) -> (..., D).
 
-    It stands in for the two where nobody could tell: in eval mode, where no gradient is to reach them and no hook of
-    either waits to be called. Changed weights are folded anew at the next forward; a compiled model, which cannot
-    look for changes, runs the two after ``train()`` or ``load_state_dict`` until an eager forward, or ``fuse()``.
+    It stands in for the two where nobody could tell: in eval mode, where no gradient is to reach them, no hook of
+    either waits to be called and nothing has been put in their place. Changed weights are folded anew at the next
+    forward; a compiled model, which cannot look for changes, runs the two after ``train()`` or ``load_state_dict``
+    until an eager forward, or ``fuse()``. What torch.export records outside of ``as_last_seen`` are the two.
     """
 
     def __init__(self, attention: TemporalAttention, gate: nn.Module) -> None:
@@ -41,6 +42,7 @@ class FusedProjection(nn.Module):
         self.folded: Any = None  # the state of the weights it was made of; None: it must be made again
         self.fold()
 
+    @torch.inference_mode(False)  # what is made here may later be part of a forward with gradients
     @torch.no_grad()
     def fold(self) -> None:
         proj, gate = self.made_of[0].proj, self.made_of[1]
@@ -63,13 +65,18 @@ class FusedProjection(nn.Module):
         attention, gate = self.made_of
         return [*attention.proj.parameters(), *gate.parameters()]
 
-    def stands_in(self) -> bool:
-        if self.training or is_watched(*self.made_of):
+    def stands_in(self, attention: nn.Module, gate: nn.Module) -> bool:
+        """Whether it does for the two that a block has now, which may have been wrapped or exchanged since."""
+        if self.training or (attention, gate) != self.made_of or not are_linear(attention, gate):
+            return False
+        if is_watched(*self.made_of):
             return False
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.sources()):
             return False
         if torch.compiler.is_compiling():
-            return self.folded is not None
+            return self.folded is not None and (not torch.compiler.is_exporting() or sees_the_present())
+        if not all(map(is_readable, self.sources())):
+            return False
         if self.folded is None or self.folded != state_of(*self.sources()):
             self.fold()
         return True
@@ -94,7 +101,7 @@ class FusedBlock(InFront):
     fused: FusedProjection
 
     def branch(self, y: Tensor) -> Tensor:
-        if not self.fused.stands_in():
+        if not self.fused.stands_in(self.temporal_attn, self.temporal_fc):
             return super().branch(y)
         return self.fused(self.temporal_attn.before_proj(self.temporal_norm1(y), self.clip.num_frames))
 
@@ -150,6 +157,9 @@ def branches(model: nn.Module) -> list[tuple[nn.Module, TemporalAttention, nn.Mo
 
 
 def can_fuse(owner: nn.Module, attention: TemporalAttention, gate: nn.Module) -> bool:
+    return are_linear(attention, gate) and not getattr(owner, "post_norm", False)
+
+
+def are_linear(attention: nn.Module, gate: nn.Module) -> bool:
     """Types are compared exactly: what has been wrapped (LoRA, quantised) is more than its weight."""
-    is_linear = type(attention.proj) is nn.Linear and type(gate) in (nn.Linear, TanhGate)
-    return is_linear and not getattr(owner, "post_norm", False)
+    return type(attention.proj) is nn.Linear and type(gate) in (nn.Linear, TanhGate)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from img2vid.temporal.block import SpaceTimeBlock
+from img2vid.temporal.gates import TanhGate
 from img2vid.temporal.infront import InFront
 
 
@@ -30,6 +34,23 @@ def is_readable(tensor: Tensor) -> bool:
     return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+_seen_is_present = ContextVar("seen_is_present", default=False)
+
+
+@contextmanager
+def as_last_seen() -> Iterator[None]:
+    """Let torch.export, which sees no numbers, go by what the last eager forward saw: no weight has changed since."""
+    token = _seen_is_present.set(True)
+    try:
+        yield
+    finally:
+        _seen_is_present.reset(token)
+
+
+def sees_the_present() -> bool:
+    return _seen_is_present.get()
+
+
 class ShutGate:
     """Remembers whether a gate is exactly zero and frozen, so that the branch behind it need not be computed."""
 
@@ -40,10 +61,11 @@ class ShutGate:
     def shuts(self, gate: nn.Module, *behind: nn.Module) -> bool:
         """Whether adding ``gate(behind(x))`` would change nothing, to outputs or to gradients.
 
-        A compiled program cannot look; an exported one goes by what the last eager forward has seen.
+        A compiled program cannot look, nor can an exported one (``as_last_seen``). Of a gate that has been wrapped or
+        reparametrised, parameters at zero do not say that it is.
         """
         parameters = list(gate.parameters())
-        if not parameters or any(parameter.requires_grad for parameter in parameters):
+        if type(gate) not in (nn.Linear, TanhGate) or any(parameter.requires_grad for parameter in parameters):
             return False
         # a zero gradient is not the same as none: optimisers decay the one weight and leave the other
         if torch.is_grad_enabled() and any(p.requires_grad for module in behind for p in module.parameters()):
@@ -51,7 +73,7 @@ class ShutGate:
         if is_watched(gate, *behind):
             return False
         if torch.compiler.is_compiling():
-            return torch.compiler.is_exporting() and self.is_zero
+            return torch.compiler.is_exporting() and self.is_zero and sees_the_present()
         if not all(map(is_readable, parameters)):
             return False
         if (state := state_of(*parameters)) != self.state:
