@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -75,3 +76,12 @@ def test_a_folder_in_use_is_left_alone(told, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli(["demo", "--out", str(tmp_path / "file")]) == 2
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_what_is_not_installed_is_said_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert cli(["demo", "--quick", "--out", str(tmp_path / "demo")]) == 2
+    error = capsys.readouterr().err
+    assert "The demo needs matplotlib, scikit-learn. Run: pip install 'img2vid[demo]'" in " ".join(error.split())
+    assert not (tmp_path / "demo").exists()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ QUICK = Size(train=96, val=16, test=48, steps=12, look_every=6)
 
 def tell(folder: Path, size: Size, seed: int = 0) -> dict[str, Any]:
     """Run the demo into ``folder``, which must not exist or be empty; returns the facts that are in its demo.json."""
-    from img2vid.demo import page  # says now, not in the end, that matplotlib is not there
+    check_installed()
+    from img2vid.demo import page  # imports matplotlib
 
     begin(folder)
     progress = Progress()
@@ -91,6 +93,14 @@ def tell(folder: Path, size: Size, seed: int = 0) -> dict[str, Any]:
     write_whole(folder / MARK, (json.dumps(facts, indent=1) + "\n").encode())
     progress.say(f"Wrote {folder}: open {folder / 'report.html'}; the trained model is {folder / 'trained'}")
     return facts
+
+
+def check_installed() -> None:
+    """Say before anything is written, not in the middle, what the demo lacks."""
+    packages = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "lightning": "lightning"}
+    missing = [package for module, package in packages.items() if find_spec(module) is None]
+    if missing:
+        raise DemoError(f"The demo needs {', '.join(missing)}. Run: pip install 'img2vid[demo]'")
 
 
 def begin(folder: Path) -> None:
