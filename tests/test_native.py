@@ -44,6 +44,16 @@ def test_round_trip_is_bitwise(model, tmp_path):
         assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "n" / name).read_bytes()
 
 
+def test_saving_and_loading_speak_of_no_random_weights(tmp_path, caplog):
+    caplog.set_level("INFO", logger="img2vid")
+    model = img2vid.convert("vit_tiny", random_weights=True, num_frames=2, image_size=32, backbone_args={"depth": 2})
+    assert "with random weights" in caplog.text  # true here
+    caplog.clear()
+    model.save_pretrained(tmp_path / "m")
+    native.load_reference(img2vid.load(tmp_path / "m"))
+    assert "random weights" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,17 @@ from img2vid.errors import BackboneError, Img2VidError
 from img2vid.weights.index import bytes_of
 
 log = logging.getLogger("img2vid")  # commands show it
+_unannounced: ContextVar[bool] = ContextVar("_unannounced", default=False)
+
+
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Build in silence, for a model that gets its weights elsewhere: "random weights" would read as a loss of them."""
+    token = _unannounced.set(True)
+    try:
+        yield
+    finally:
+        _unannounced.reset(token)
 
 
 @contextmanager
@@ -40,6 +52,8 @@ def building(name: str, arguments: dict[str, Any]) -> Iterator[None]:
 
 def say_loading(name: str, model: nn.Module, weights: str | Path | None, random_weights: bool, part: str = "") -> None:
     """Announce what is about to take its time, with its size. ``model`` may be on the meta device."""
+    if _unannounced.get():
+        return
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     if weights is not None:
         size = f", {bytes_of(Path(weights)) / 1e6:,.0f} MB" if os.path.isfile(weights) else ""

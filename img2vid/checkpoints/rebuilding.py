@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from img2vid.backbones import Backbone, describe, load_backbone
+from img2vid.backbones.building import unannounced
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
@@ -15,13 +16,14 @@ from img2vid.weights.accounting import listed
 
 def build_backbone(config: VideoConfig, on_meta: bool = False) -> Backbone:
     """The image model of a configuration, without its weights; on torch's meta device, without any numbers."""
-    return load_backbone(
-        config.backbone,
-        random_weights=True,
-        image_size=config.image_size,
-        arguments=config.backbone_args,
-        on_meta=on_meta,
-    )
+    with unannounced():
+        return load_backbone(
+            config.backbone,
+            random_weights=True,
+            image_size=config.image_size,
+            arguments=config.backbone_args,
+            on_meta=on_meta,
+        )
 
 
 def check_rebuildable(model: VideoModel | VideoTextModel, state: Mapping[str, Tensor]) -> None:
