@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from img2vid.backbones import load_backbone
 from img2vid.checkpoints.dialect import Dialect, Foreign, account
 from img2vid.checkpoints.frozen_in_time import FROZEN_IN_TIME
 from img2vid.checkpoints.hf_timesformer import HF_TIMESFORMER
 from img2vid.checkpoints.lavila import LAVILA
 from img2vid.checkpoints.mmaction2 import MMACTION2
+from img2vid.checkpoints.rebuilding import build_backbone
 from img2vid.checkpoints.timesformer import TIMESFORMER
 from img2vid.checkpoints.vivit import VIVIT
 from img2vid.choices import POS_EMBED_RESAMPLE
@@ -118,14 +118,7 @@ def described(dialect: Dialect, file: Foreign) -> tuple[VideoConfig, VideoModel]
 
 
 def fresh(config: VideoConfig, on_meta: bool = False) -> VideoModel:
-    backbone = load_backbone(
-        config.backbone,
-        random_weights=True,
-        image_size=config.image_size,
-        arguments=config.backbone_args,
-        on_meta=on_meta,
-    )
-    return build_model(backbone, config)
+    return build_model(build_backbone(config, on_meta=on_meta), config)
 
 
 def fit(ours: State, native: ImageTower, model: VideoModel, pos_embed_resample: str) -> list[str]:

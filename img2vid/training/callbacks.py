@@ -35,7 +35,7 @@ class Lines(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step % (trainer.log_every_n_steps or 50) == 0:
-            done = f"{batch_idx + 1} of {self.total_train_batches}"
+            done = f"{batch_idx + 1} of {trainer.num_training_batches}"
             self.say(trainer, pl_module, f"epoch {trainer.current_epoch}, batch {done}, step {trainer.global_step}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
