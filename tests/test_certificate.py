@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from timm.layers import RmsNormFp32
 
 from img2vid.certificate import certify
 from img2vid.checkpoints.native import load, save
@@ -255,6 +256,15 @@ def test_liveness_by_layer(gate):
         assert layer.coupling > 1e-3
         assert layer.attention[0] == 0
         assert layer.attention[1] > 0
+
+
+def test_tokens_that_lie_otherwise_in_memory_attend_no_further():
+    """DeepseekVit's tokens are not contiguous, and norms written out in tensor operations round by layout."""
+    image_model = small_vit(norm_layer=RmsNormFp32, class_token=False, global_pool="avg")
+    image_model.norm_pre.register_forward_hook(lambda module, args, out: out.mT.contiguous().mT)
+    video, image = make(image_model)
+    certificate = certify(video, image)
+    assert certificate.ok and [layer.stray for layer in certificate.liveness[:3]] == [0.0] * 3
 
 
 def mixed_up(attention, how):

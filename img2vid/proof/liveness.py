@@ -166,7 +166,7 @@ def measure_stray(video: VideoModel, clips: Tensor) -> dict[str, float]:
     moved: dict[str, float] = {}
 
     def look(path: str, block: SpaceTimeBlock, args: tuple[Any, ...]) -> None:
-        x = args[0]  # (B*T, P + N, D)
+        x = args[0].contiguous()  # (B*T, P + N, D), in one layout with `swapped`: kernels round by layout
         num_clip_keys = getattr(block.temporal_attn, "num_clip_keys", 0)  # of the quirk prefix_in_time
         position = (max(block.num_shared_tokens, num_clip_keys) + x.shape[1]) // 2
         elsewhere = torch.arange(x.shape[1], device=x.device) != position
