@@ -45,7 +45,8 @@ class Recorder(pl.LightningModule):
 
 
 def data(folder, **options):
-    return VideoData(str(folder), num_frames=2, batch_size=2, num_workers=2, spec=SPEC, **options)
+    given = dict(num_frames=2, batch_size=2, num_workers=2, timeout_seconds=100, spec=SPEC)
+    return VideoData(str(folder), **given, **options)
 
 
 def trainer(folder, **options):
@@ -159,7 +160,9 @@ def run_on_two_processes(folder, body: str) -> list:
     """Run `body` in two processes with `run(**options)`, a trainer; what each rank left in `seen`."""
     script = folder / "run.py"
     script.write_text(
-        f"import json, sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "import faulthandler, json, sys\n"
+        "faulthandler.dump_traceback_later(200, exit=True)  # a hang says where it is\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "import lightning.pytorch as pl\n"
         "from tests.data.test_module import Recorder, data\n"
         "def run(**options):\n"
@@ -170,7 +173,7 @@ def run_on_two_processes(folder, body: str) -> list:
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
