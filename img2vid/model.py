@@ -61,6 +61,7 @@ class VideoModel(Overlay, Fusing, Saving):
     tower: ImageTower
     clip: ClipContext  # knows T while clips are in flight
     image_weights: str
+    class_names: tuple[str, ...] | None
 
     def __init__(self, image_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(
@@ -69,6 +70,7 @@ class VideoModel(Overlay, Fusing, Saving):
             tower=describe(image_model),
             clip=ClipContext(),
             image_weights="a module that was given",  # where they come from, for people to read
+            class_names=None,  # what the numbers of the classifier stand for, where that is known
         )
         if getattr(image_model, "is_laid_under_video", False):
             raise BackboneError(
