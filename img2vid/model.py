@@ -61,7 +61,6 @@ class VideoModel(Overlay, Fusing, Saving):
     tower: ImageTower
     clip: ClipContext  # knows T while clips are in flight
     image_weights: str
-    class_names: tuple[str, ...] | None
 
     def __init__(self, image_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(
@@ -315,9 +314,9 @@ class VideoTextModel(Overlay, Fusing, Saving):
 
     def tokenize(self, texts: str | list[str]) -> Tensor:
         """Texts to token ids (B, L), with the tokenizer the text tower was trained with."""
-        from img2vid.backbones.tokenizers import tokenizer_for
+        from img2vid.backbones.tokenizers import tokenize
 
-        return tokenizer_for(self.config.backbone)([texts] if isinstance(texts, str) else texts)
+        return tokenize(self, [texts] if isinstance(texts, str) else texts)
 
     def normalize(self, clips: Tensor) -> Tensor:
         return self.visual.normalize(clips)

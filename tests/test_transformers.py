@@ -483,3 +483,18 @@ def test_texts_are_filled_up_as_in_training(tmp_path):
     assert tokens.tolist() == [[97, 3, 96, 0, 0], [97, 4, 5, 6, 96]]
     alone = model.encode_text(model.tokenize("word3"))
     torch.testing.assert_close(model.encode_text(tokens)[:1], alone, rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_that_is_none_or_another_models_is_refused(tmp_path):
+    """transformers makes one of special tokens from config.json alone, to which all texts are the same."""
+    make("BlipForImageTextRetrieval").save_pretrained(tmp_path / "blip")
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "blip")("word1 word2")["input_ids"]) == 4
+    model = img2vid.convert(f"hf:{tmp_path / 'blip'}")
+    with pytest.raises(BackboneError, match="holds no tokenizer: .* without a single word"):
+        model.tokenize(["word1 word2"])
+    words = ["[PAD]", "[SEP]", "[CLS]", "[UNK]", *(f"word{i}" for i in range(4, 200))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "blip")
+    assert model.tokenize(["word5"]).tolist() == [[2, 5, 1]]
+    with pytest.raises(BackboneError, match="not its text tower's: it gives the id 199"):
+        model.tokenize(["word199"])

@@ -305,7 +305,9 @@ def load_tokenizer(name: BackboneName) -> Any:
         if not os.path.isdir(place):
             raise BackboneError(f"There is no folder {place}, where the tokenizer was. Give another with --tokenizer.")
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return with_words(AutoTokenizer.from_pretrained(place), place)
+        except BackboneError:
+            raise
         except Exception as error:  # of many kinds, by what of the tokenizer's files is missing
             reason = str(error).strip().splitlines()[0]
             raise BackboneError(
@@ -314,4 +316,14 @@ def load_tokenizer(name: BackboneName) -> Any:
             ) from error
     ways_out = (LOCAL_WAY, ONLINE, "or make token ids yourself, with the tokenizer the text tower was trained with")
     with building(str(name), {}), fetching(f"the tokenizer of {name}", ways_out):
-        return AutoTokenizer.from_pretrained(place)
+        return with_words(AutoTokenizer.from_pretrained(place), place)
+
+
+def with_words(tokenizer: Any, place: str) -> Any:
+    """Where config.json is all there is, transformers makes a tokenizer of special tokens alone, and says nothing."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise BackboneError(
+            f"{place} holds no tokenizer: transformers makes one without a single word there. Put the files of the "
+            "model's own there: tokenizer.json, or vocab.txt and the like. (img2vid caption takes --tokenizer FOLDER.)"
+        )
+    return tokenizer
