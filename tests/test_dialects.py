@@ -440,7 +440,7 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(WeightsError, match="not an empty folder"):
         img2vid.export_checkpoint(model, tmp_path / "full", "hf-timesformer")
-    with pytest.raises(WeightsError, match="is a folder; this format is one file"):
+    with pytest.raises(WeightsError, match="is a folder; --format timesformer writes one file"):
         img2vid.export_checkpoint(model, tmp_path / "full", "timesformer")
     with pytest.raises(WeightsError, match="cannot be written"):
         img2vid.export_checkpoint(model, tmp_path / "a.pth" / "b.pth", "timesformer")

@@ -30,6 +30,7 @@ from img2vid.weights.accounting import LoadReport, listed, read_state_dict
 LOCAL_WAY = "download it elsewhere, and give the folder: --backbone hf:FOLDER"
 
 
+VIDEO_TYPES = ("timesformer", "vivit")  # what img2vid import takes in
 # model_type of config.json: the classes it can be loaded as, the first where the checkpoint is of none of them. A
 # classifier is left out, as it is everywhere where a backbone is loaded by name.
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
@@ -131,6 +132,8 @@ def fetch_config(name: BackboneName, arguments: dict[str, Any]) -> Any:
         if "kind" in content and "video" in content:
             raise BackboneError(f"{place} already is a model of img2vid: img2vid.load({place!r}).")
     elif content is None:
+        if os.path.isfile(place):
+            raise BackboneError(f"{place} is a file. Give the folder that holds it: hf:{os.path.dirname(place) or '.'}")
         what = f"{CONFIG} of {name}, which says what model it is"
         with building(str(name), {}), fetching(what, (LOCAL_WAY, ONLINE)):
             content, _ = PretrainedConfig.get_config_dict(place, revision=arguments.get("revision"))
@@ -142,6 +145,8 @@ def fetch_config(name: BackboneName, arguments: dict[str, Any]) -> Any:
         raise BackboneError(
             f"{name} is of model_type {shown(model_type)}, which cannot become a video model here.{hint} Supported "
             f"of transformers are {', '.join(MODEL_TYPES)}. Others may exist in timm or open_clip."
+            + f" It is a video model already: img2vid import {place}"
+            * (model_type in VIDEO_TYPES)
         )
     with building(str(name), {}):
         return CONFIG_MAPPING[model_type].from_dict(content)

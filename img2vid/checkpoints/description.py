@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from img2vid._version import __version__
+from img2vid.backbones.from_transformers import VIDEO_TYPES
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import WeightsError
 
@@ -25,6 +26,10 @@ def check_description(described: Any, path: Path, newest: int) -> None:
     if not isinstance(described, dict):
         raise WeightsError(f"{path} holds a {type(described).__name__}, expected fields by name.")
     missing = [field for field in ("kind", "video", "dtype", "preprocess") if field not in described]
+    if missing and "model_type" in described:
+        kind, place = described["model_type"], path.parent
+        do = f"img2vid import {place}" if kind in VIDEO_TYPES else f"img2vid convert --backbone hf:{place}"
+        raise WeightsError(f"{place} is a model of transformers ({kind}), not of img2vid. To make it one: {do}")
     if missing:
         raise WeightsError(f"{path} lacks {', '.join(missing)}; it was not written by img2vid.")
     if is_whole(described.get("format", newest)) and described.get("format", newest) > newest:

@@ -61,11 +61,21 @@ def export_checkpoint(model: VideoModel | VideoTextModel, path: str | Path, form
             not what the video model computes.
     """
     one_of("format", format, FORMATS)
+    check_place(Path(path), format)
     if format == "image":
         return export_image(model, Path(path))
     if isinstance(model, VideoTextModel):
         raise WeightsError(f"{DIALECTS[format].title} has no text tower. Export model.visual, or --format image.")
     return export_dialect(model, Path(path), DIALECTS[format])
+
+
+def check_place(path: Path, format: str) -> None:
+    """Whether an export of that format may be written there, before any work is done for it."""
+    if format != "image" and DIALECTS[format].configuration is not None:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise WeightsError(f"{path} is not an empty folder, so nothing was written. Choose another one.")
+    elif path.is_dir():
+        raise WeightsError(f"{path} is a folder; --format {format} writes one file. Give its name.")
 
 
 def export_image(model: VideoModel | VideoTextModel, path: Path) -> list[str]:
@@ -152,8 +162,6 @@ def function_of(model: VideoModel) -> dict[str, list]:
 
 
 def write_folder(folder: Path, state: State, configuration: dict, pixels: Preprocess) -> None:
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise WeightsError(f"{folder} is not an empty folder, so nothing was written. Choose another one.")
     resample = {name: number for number, name in RESAMPLING.items()}
     described_pixels = {
         "do_rescale": True,
@@ -172,8 +180,6 @@ def write_folder(folder: Path, state: State, configuration: dict, pixels: Prepro
 
 def write_file(path: Path, write: Callable[[str], None]) -> None:
     """All of a file or nothing: under another name first, then renamed."""
-    if path.is_dir():
-        raise WeightsError(f"{path} is a folder; this format is one file. Give its name.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".img2vid-export-") as home:
