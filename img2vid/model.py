@@ -69,6 +69,7 @@ class VideoModel(Overlay, Fusing, Saving):
             tower=describe(image_model),
             clip=ClipContext(),
             image_weights="a module that was given",  # where they come from, for people to read
+            class_names=None,  # what the numbers of the classifier stand for, where that is known
         )
         if getattr(image_model, "is_laid_under_video", False):
             raise BackboneError(
@@ -313,9 +314,9 @@ class VideoTextModel(Overlay, Fusing, Saving):
 
     def tokenize(self, texts: str | list[str]) -> Tensor:
         """Texts to token ids (B, L), with the tokenizer the text tower was trained with."""
-        from img2vid.backbones.tokenizers import tokenizer_for
+        from img2vid.backbones.tokenizers import tokenize
 
-        return tokenizer_for(self.config.backbone)([texts] if isinstance(texts, str) else texts)
+        return tokenize(self, [texts] if isinstance(texts, str) else texts)
 
     def normalize(self, clips: Tensor) -> Tensor:
         return self.visual.normalize(clips)

@@ -231,6 +231,12 @@ def inspection_table(facts: Inspection) -> Group:
         f"FLOPs, {facts.num_frames} frames": f"{facts.flops_per_clip / 1e9:,.1f} G "
         f"({facts.flops_per_clip / facts.flops_image_model:.2f} x the image model per frame)",
     }
+    if facts.num_classes is not None:
+        names = facts.class_names
+        several = f": {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ", without names"
+        rows["classifier"] = f"{facts.num_classes} classes{several}"
+    if facts.quirks:
+        rows["does differently"] = ", ".join(facts.quirks)
     for name, value in rows.items():
         table.add_row(name, value)
     promises = Table(title="Unchanged at step 0", title_justify="left", title_style="bold", show_header=False)

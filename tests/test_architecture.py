@@ -16,7 +16,7 @@ TIERS = [
     {"choices"},
     {"config", "overlay"},
     {"weights"},
-    {"command", "options", "proof.guarantees"},
+    {"command", "options", "class_names", "proof.guarantees"},
     {"temporal"},
     {"backbones"},
     {"surgery", "clips"},
