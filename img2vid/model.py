@@ -165,7 +165,7 @@ class VideoModel(Overlay, Fusing, Streaming, Saving):
         return (x + time_of_tokens(time, x.shape, num_prefix, num_shared).to(x.dtype), *rest)
 
     def time_at(self, num_steps: int) -> Tensor:
-        """Time embedding (1, T, D), or (1, T, N, D) where it is one for each patch, for any T; of a stream, the next."""
+        """Time embedding (1, T, D), or (1, T, N, D) where each patch has its own, for any T; of a stream the next."""
         mode, past = self.config.time_embed_resample, self.clip.past
         if past is not None:
             return time_from(self.time_embed, past.num_steps, num_steps, mode)

@@ -52,9 +52,7 @@ def add_settings(groups: dict[str, argparse._ArgumentGroup]) -> None:
             default = fields[name].default
             if default is False:
                 about = described.get(name, "").replace("%", "%%")
-                groups[title].add_argument(
-                    "--" + name, action="store_true", default=argparse.SUPPRESS, help=about
-                )
+                groups[title].add_argument("--" + name, action="store_true", default=argparse.SUPPRESS, help=about)
                 continue
             groups[title].add_argument(
                 "--" + name.replace("_", "-"),

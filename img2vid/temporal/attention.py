@@ -161,11 +161,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = 
         mask: (T, K), True where a frame may look.
         causal: each may look at itself and at earlier ones.
     """
-    look = {"attn_mask": mask, "is_causal": causal, "scale": scale}
     if q.ndim == 4 or not torch.compiler.is_exporting():
-        return F.scaled_dot_product_attention(q, k, v, **look)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
     # ONNX knows attention of 4 dimensions only; bringing q, k, v there copies them, which nothing else needs
-    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), **look)
+    y = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale, mask, causal)
     return y.unflatten(0, q.shape[:2])
 
 
