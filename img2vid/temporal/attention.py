@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from img2vid.temporal.kernels import attend
 
 
 @dataclass
@@ -152,20 +153,6 @@ class TemporalAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, scale={self.scale:.4g}"
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention of (..., H, T, head_dim), of as many leading dimensions as there are.
-
-    Args:
-        mask: (T, K), True where a frame may look.
-        causal: each may look at itself and at earlier ones.
-    """
-    if q.ndim == 4 or not torch.compiler.is_exporting():
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-    # ONNX knows attention of 4 dimensions only; bringing q, k, v there copies them, which nothing else needs
-    y = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale, mask, causal)
-    return y.unflatten(0, q.shape[:2])
 
 
 def fresh_copy(norm: nn.Module | None) -> nn.Module | None:

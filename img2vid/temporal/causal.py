@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from img2vid.temporal.attention import TemporalAttention, attend
+from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.infront import InFront, put_in_front
+from img2vid.temporal.kernels import attend
 
 
 class CausalAttention(InFront):
