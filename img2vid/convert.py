@@ -232,7 +232,8 @@ def run(options: dict[str, Any]) -> int:
     weights_before = fingerprint(image_weights(reference, reference, config))
     with progress.stage("Inserting time"):
         model = build_model(loaded, config).eval()
-    progress.say(f"Converted: {config.attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
+    attention = f"causal {config.attention}" if config.causal else config.attention
+    progress.say(f"Converted: {attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
     progress.console.print(parameter_table(model))
     with progress.stage("Certifying: running both models (--certify-frames 1 2 or --certify-size make it shorter)"):
         certificate = certify(model, reference, weights_before=weights_before, at_step_0=True, **tried)

@@ -28,10 +28,12 @@ from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError
 from img2vid.origins import COPIED_KEYS, new_keys, origin_of, zero_names
 from img2vid.overlay import Overlay
+from img2vid.streaming import Streaming
 from img2vid.surgery import insert_time, num_shared_tokens
+from img2vid.temporal.causal import make_causal
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
-from img2vid.temporal.embeddings import resample_time_embed, time_of_tokens
+from img2vid.temporal.embeddings import resample_time_embed, time_from, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.fusing import Fusing
 from img2vid.temporal.gates import zero_linear
@@ -41,7 +43,7 @@ from img2vid.weights.accounting import LoadReport
 from img2vid.weights.reloading import load_image_weights
 
 
-class VideoModel(Overlay, Fusing, Saving):
+class VideoModel(Overlay, Fusing, Streaming, Saving):
     """An image tower that takes clips.
 
     It is laid over the image model (``img2vid.overlay``): ``self.base`` is that model, and both have the same
@@ -95,6 +97,8 @@ class VideoModel(Overlay, Fusing, Saving):
             entrance.block.register_forward_pre_hook(self.enter_time)
         if config.attention == "factorised_encoder":
             self.temporal_encoder = TemporalEncoder(dim, config.encoder_layers).to(**on_device)
+            for block in self.temporal_encoder.blocks if config.causal else ():
+                make_causal(block.attn, self.clip)
             if config.has_time_embed:
                 self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, dim, **on_device))
         if config.num_classes is not None:
@@ -162,8 +166,11 @@ class VideoModel(Overlay, Fusing, Saving):
         return (x + time_of_tokens(time, x.shape, num_prefix, num_shared).to(x.dtype), *rest)
 
     def time_at(self, num_steps: int) -> Tensor:
-        """Time embedding (1, T, D), or (1, T, N, D) where it is one for each patch, for any T."""
-        return resample_time_embed(self.time_embed, num_steps, self.config.time_embed_resample)
+        """Time embedding (1, T, D), or (1, T, N, D) where each patch has its own, for any T; of a stream the next."""
+        mode, past = self.config.time_embed_resample, self.clip.past
+        if past is not None:
+            return time_from(self.time_embed, past.num_steps, num_steps, mode)
+        return resample_time_embed(self.time_embed, num_steps, mode)
 
     def check(self, clips: Tensor) -> None:
         """Say what is wrong with a clip before a library does in its own terms."""
@@ -250,7 +257,7 @@ class VideoModel(Overlay, Fusing, Saving):
                 take_from_front(block, CheckpointedBlock)
 
 
-class VideoTextModel(Overlay, Fusing, Saving):
+class VideoTextModel(Overlay, Fusing, Streaming, Saving):
     """A two-tower image-text model whose image tower takes clips; the text tower is untouched.
 
     Whatever the wrapped class does with images it does with clips, in its own conventions: what ``forward`` returns

@@ -20,7 +20,7 @@ TIERS = [
     {"temporal"},
     {"backbones"},
     {"surgery", "clips"},
-    {"origins"},
+    {"origins", "streaming"},
     {"weights.reloading"},
     {"checkpoints.saving"},
     {"model"},

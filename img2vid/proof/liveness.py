@@ -30,6 +30,7 @@ class Acts:
     closed: float | None  # closed again against closed
     exchange: float  # gates opened by noise: how far a frame's feature moves when only the other frames change
     leak: float  # and how far a clip's features move when only the other clips of the batch change
+    later: float | None  # and a frame's when only later frames change; None where it may see them
 
 
 @torch.no_grad()
@@ -53,19 +54,25 @@ def three_acts(video: VideoModel, generator: torch.Generator, as_trained: bool, 
             noise = std * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise.to(parameter.device, parameter.dtype))
         opened = output(clips)
-        exchange = largest(opened[:, 0] - output(swap_others(clips, video.config.tubelet_size))[:, 0])
+        num_own = video.config.tubelet_size
+        exchange = largest(opened[:, -1] - output(swap_others(clips, num_own))[:, -1])
         leak = largest(opened[0] - output(torch.cat([clips[:1], -clips[1:]]))[0])
+        changed = torch.cat([clips[:, :num_own], -clips[:, num_own:]], dim=1)
+        later = largest(opened[:, 0] - output(changed)[:, 0]) if video.config.causal else None
     if not gates:
-        return Acts(None, None, exchange, leak)
+        return Acts(None, None, exchange, leak, later)
     if as_trained:
         opened = output(clips)
     with video.gates_closed():
-        return Acts(largest(opened - base), largest(output(clips) - base), exchange, leak)
+        return Acts(largest(opened - base), largest(output(clips) - base), exchange, leak, later)
 
 
 def swap_others(x: Tensor, num_own: int = 1) -> Tensor:
-    """(B, T, ...) in which each clip keeps its first ``num_own`` frames and gets the rest of another clip's."""
-    return torch.cat([x[:, :num_own], x.roll(1, dims=0)[:, num_own:]], dim=1)
+    """(B, T, ...) in which each clip keeps its last ``num_own`` frames and gets those before from another clip.
+
+    The last frame is the one that knows of the others in a causal model, too.
+    """
+    return torch.cat([x.roll(1, dims=0)[:, :-num_own], x[:, -num_own:]], dim=1)
 
 
 @dataclass
@@ -132,7 +139,7 @@ def measure_liveness(
 
 @torch.no_grad()
 def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], clips: Tensor) -> dict[str, float]:
-    """Largest change of each temporal attention's output at a clip's first frame when its other frames are swapped.
+    """Largest change of each temporal attention's output at a clip's last frame when its other frames are swapped.
 
     Each is given the tokens it sees in the model, so one that ignores the other frames cannot hide behind one that
     does not.
@@ -142,7 +149,7 @@ def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], cl
     def look(path: str, attention: TemporalAttention, args: tuple[Any, ...], out: Tensor) -> None:
         x, num_frames, *rest = args  # (B*T, N, D)
         swapped = swap_others(x.unflatten(0, (-1, num_frames))).flatten(0, 1)
-        moved[path] = largest((attention.forward(swapped, num_frames, *rest) - out)[::num_frames])
+        moved[path] = largest((attention.forward(swapped, num_frames, *rest) - out)[num_frames - 1 :: num_frames])
 
     hooks = [
         attention.register_forward_hook(lambda module, args, out, path=path: look(path, module, args, out))
@@ -158,7 +165,7 @@ def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], cl
 
 @torch.no_grad()
 def measure_stray(video: VideoModel, clips: Tensor) -> dict[str, float]:
-    """Largest change of each block's temporal branch away from one position at which all frames but the first changed.
+    """Largest change of each block's temporal branch away from one position at which all frames but the last changed.
 
     The branch alone, as its image block mixes positions by right. A token attends along its own position, so this is
     zero to the bit; a branch that folded its tokens in the wrong order would pass every other test of this certificate.

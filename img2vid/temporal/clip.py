@@ -1,12 +1,16 @@
-"""The one number that folding time into the batch loses: how many frames a clip has."""
+"""The one number that folding time into the batch loses: how many frames a clip has. And which went before."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from img2vid.temporal.causal import Past
 
 
 class ClipContext:
@@ -21,6 +25,7 @@ class ClipContext:
 
     def __init__(self) -> None:
         self._num_frames: int | None = None
+        self.past: Past | None = None  # of the stream that the frames now in flight continue
         self._turn = threading.RLock()
 
     @contextmanager
@@ -31,6 +36,16 @@ class ClipContext:
         else:
             with self._turn, self._set(num_frames):
                 yield
+
+    @contextmanager
+    def after(self, past: Past) -> Iterator[None]:
+        """Inside, clips are the next frames of a stream."""
+        with self._turn:
+            self.past = past
+            try:
+                yield
+            finally:
+                self.past = None
 
     @contextmanager
     def _set(self, num_frames: int) -> Iterator[None]:
