@@ -29,6 +29,12 @@ from tests.training_run import fit
 ALL = ["attn", "temporal_attn", "mlp"]
 GRAFTS = {
     "lora": {"type": "lora", "rank": 4, "targets": ALL},
+    "houlsby": {"type": "adapter", "bottleneck": 8},
+    "houlsby near": {"type": "adapter", "bottleneck": 8, "init": "near"},
+    "parallel": {"type": "adapter", "bottleneck": 8, "at": ["mlp"], "form": "beside", "scale": 0.1},
+    "aim": {"type": "aim"},
+    "st_adapter": {"type": "st_adapter", "bottleneck": 8},
+    "st_adapter in space": {"type": "st_adapter", "bottleneck": 8, "kernel": [3, 3, 3], "init": "up"},
 }
 TOWERS = {"vit": small_vit, "eva": small_eva, "clip": small_clip}
 every_graft = pytest.mark.parametrize("spec", GRAFTS.values(), ids=GRAFTS)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import img2vid
-from img2vid.backbones.linears import linear_maps
+from img2vid.backbones.parts import linear_maps
 from img2vid.grafts import GraftError, fold, graft
 from img2vid.grafts.peft import load_adapter, save_adapter
 from tests.conftest import randomize, small_clip, small_eva, small_vit

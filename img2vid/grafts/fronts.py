@@ -23,12 +23,12 @@ PREFIX = "graft_"
 class TokenScion(nn.Module):
     """A scion of a module that tokens go through, (B*T, P + N, D) in and out; it says one of the two."""
 
-    def before(self, x: Tensor) -> Tensor:
+    def before(self, x: Tensor, host: nn.Module) -> Tensor:
         """What the host gets instead of ``x``."""
         return x
 
     def after(self, y: Tensor, x: Tensor) -> Tensor:
-        """What comes out instead of the host's output ``y``, where ``x`` went in."""
+        """What comes out instead of the host's output ``y``, where ``x`` went in; of each token by itself."""
         return y
 
 
@@ -53,11 +53,30 @@ class Grafted(InFront):
         by_name = "hidden_states" if not args else None  # as transformers calls its attentions
         x = kwargs[by_name] if by_name else args[0]
         for scion in scions(self, TokenScion):
-            x = scion.before(x)
+            x = scion.before(x, self)
         out = super().forward(**{**kwargs, by_name: x}) if by_name else super().forward(x, *args[1:], **kwargs)
+        return with_first(out, self.followed(first(out), x))
+
+    def followed(self, y: Tensor, x: Tensor) -> Tensor:
+        """The host's output ``y`` and what scions make of it, where ``x`` went in."""
         for scion in scions(self, TokenScion):
-            out = with_first(out, scion.after(first(out), x))
-        return out
+            y = scion.after(y, x)
+        return y
+
+
+class GraftedSequential(Grafted):
+    """In front of a Sequential, which would run its scions as further steps."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (module for name, module in self._modules.items() if not name.startswith(PREFIX))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def listening(host: nn.Module) -> type[InFront]:
+    """What to put in front of a module that tokens go through."""
+    return GraftedSequential if isinstance(host, nn.Sequential) else Grafted
 
 
 class GraftedLinear(InFront):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from img2vid.backbones.linears import ROLES, LinearMap, linear_maps
+from img2vid.backbones.parts import ROLES, LinearMap, linear_maps
 from img2vid.config import ConfigError, block_numbers, layer_rule, one_of, real_number, shown, whole_number
 from img2vid.errors import nearest
 from img2vid.grafts.base import Graft, GraftError, Site, register

@@ -74,7 +74,7 @@ class Liveness:
     """Of an inserted layer, or a lone zero-initialised parameter such as ``time_embed``: can it learn, does it see?"""
 
     layer: str
-    gate: tuple[float, ...] | None  # gradient norms at the optimiser steps; None for an ungated branch
+    gate: tuple[float, ...] | None  # gradient norms at the steps (of grafts, the least); None for an ungated branch
     attention: tuple[float, ...] | None = None  # the same behind the gate; None where nothing is behind it
     coupling: float | None = None  # how far its attention's output at a frame moves when only the other frames change
     stray: float | None = None  # how far its output moves everywhere else when one position changes in other frames
@@ -135,6 +135,9 @@ def measure_liveness(
     def norms(parameters: Sequence[nn.Parameter]) -> tuple[float, ...] | None:
         return tuple(sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps) if parameters else None
 
+    def least(parameters: Sequence[nn.Parameter]) -> tuple[float, ...] | None:
+        return tuple(min(step[p] for p in parameters) for step in steps) if parameters else None
+
     coupling = measure_coupling(video, {path: attention for path, (_, attention) in layers.items()}, clips)
     return [
         *(
@@ -142,7 +145,7 @@ def measure_liveness(
             for path, (gate, _) in layers.items()
         ),
         *(
-            Liveness(path, norms(gate), norms(others), graft=path.rpartition("graft_")[2], depth=depths[path])
+            Liveness(path, least(gate), least(others), graft=path.rpartition("graft_")[2], depth=depths[path])
             for path, (gate, others) in scions.items()
         ),
         *(Liveness(name, norms([parameter])) for name, parameter in alone.items()),

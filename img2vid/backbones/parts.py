@@ -1,4 +1,4 @@
-"""The linear maps inside a tower's blocks, whatever its library calls them, and whether it calls them at all."""
+"""What a tower's blocks are made of, whatever its library calls it: attentions, MLPs, and the linear maps in them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,27 @@ class LinearMap:
     roles: tuple[str, ...]
     is_called: bool = True
     attention: nn.Module | None = None
+
+
+def sublayers(block: nn.Module) -> list[tuple[str, str, nn.Module]]:
+    """The attentions over space and the MLPs of a block, as (``attn`` | ``mlp``, path below the block, module).
+
+    Empty where both are one module with the block itself.
+    """
+    found = []
+    for name, module in block.named_modules():
+        if not name or is_ours(name):
+            continue
+        if row(ATTENTIONS, module) is not None:
+            found.append(("attn", name, module))
+        elif name.rpartition(".")[2] == "mlp":
+            found.append(("mlp", name, module))
+    return found
+
+
+def is_ours(name: str) -> bool:
+    """Whether a path below a block leads to what img2vid has put there."""
+    return name.startswith("temporal_") or "graft_" in f".{name}"
 
 
 def linear_maps(tower: ImageTower) -> list[list[LinearMap]]:
