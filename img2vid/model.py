@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -42,6 +42,9 @@ from img2vid.temporal.pooling import first, mean_over_frames, over
 from img2vid.weights.accounting import LoadReport
 from img2vid.weights.reloading import load_image_weights
 
+if TYPE_CHECKING:
+    from img2vid.grafts import Graft
+
 
 class VideoModel(Overlay, Fusing, Streaming, Saving):
     """An image tower that takes clips.
@@ -63,6 +66,7 @@ class VideoModel(Overlay, Fusing, Streaming, Saving):
     tower: ImageTower
     clip: ClipContext  # knows T while clips are in flight
     image_weights: str
+    grafts: tuple[Graft, ...]  # in the order they were put in
 
     def __init__(self, image_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(
@@ -72,6 +76,7 @@ class VideoModel(Overlay, Fusing, Streaming, Saving):
             clip=ClipContext(),
             image_weights="a module that was given",  # where they come from, for people to read
             class_names=None,  # what the numbers of the classifier stand for, where that is known
+            grafts=(),
         )
         if getattr(image_model, "is_laid_under_video", False):
             raise BackboneError(
@@ -103,6 +108,10 @@ class VideoModel(Overlay, Fusing, Streaming, Saving):
                 self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, dim, **on_device))
         if config.num_classes is not None:
             self.classifier = zero_linear(dim, config.num_classes, **on_device)
+        if config.grafts:
+            from img2vid.grafts.grafting import plant
+
+            plant(self)
         self.train(image_model.training)
         # the libraries' own checkpointing would rerun blocks when T is no longer known, so ours takes over
         names = ("grad_checkpointing", "gradient_checkpointing")  # the latter is transformers'
@@ -274,6 +283,7 @@ class VideoTextModel(Overlay, Fusing, Streaming, Saving):
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(image_text_model, config=config)
         video = VideoModel(image_text_model.visual, config)
+        self.config = video.config
         if hasattr(image_text_model, "put_tower"):  # transformers, which calls it vision_model
             image_text_model.put_tower(video)
         else:

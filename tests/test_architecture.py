@@ -25,7 +25,8 @@ TIERS = [
     {"checkpoints.saving"},
     {"model"},
     {"proof", "tuning", "footprint"},
-    {"certificate", "checkpoints", "grafts"},
+    {"certificate", "checkpoints"},
+    {"grafts"},  # which models and guarantees ask for where a configuration names some
     {"programs"},
     {"inspection", "convert", "consolidate", "interpolation", "evaluation", "export", "captioning"},
     {"estimate"},
