@@ -21,6 +21,7 @@ from img2vid.grafts import GraftError, fold, graft, read_graft, remove
 from img2vid.grafts.base import Graft
 from img2vid.grafts.grafting import num_parameters, tower_of
 from img2vid.objectives import Classification
+from img2vid.streaming import StreamError
 from img2vid.training import Tuning, VideoTraining
 from img2vid.tuning import TuningError, freeze, layer_groups
 from tests.conftest import small_clip, small_eva, small_vit
@@ -295,6 +296,17 @@ def test_bad_grafts_are_explained(given, message):
     with pytest.raises(img2vid.Img2VidError, match=message):
         graft(model, [given])
     assert not planted(model) and model.config.grafts == ()
+
+
+@pytest.mark.parametrize("kind", ["aim", "st_adapter"])
+def test_no_graft_looks_ahead_of_a_causal_model(kind):
+    with pytest.raises(GraftError, match="looks both ways"):
+        img2vid.convert(small_vit(), causal=True, grafts=[kind])
+    model = img2vid.convert(small_vit(), attention="space_only", grafts=[kind])
+    with pytest.raises(StreamError, match="through " + kind):
+        model.eval().stream()
+    remove(model)
+    assert model.stream()(torch.zeros(1, 3, 32, 32)).clip.shape == (1, 48)
 
 
 def test_every_type_answers_the_six_questions():

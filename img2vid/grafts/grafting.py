@@ -21,6 +21,11 @@ def insert(video: VideoModel, grafts: Iterable[Graft]) -> None:
         GraftError: one of them finds no place; nothing has been changed by that one then.
     """
     for graft in grafts:
+        if graft.mixes_frames and video.config.causal:
+            raise GraftError(
+                f"{graft.name} lets a frame see later ones, which causal=True rules out: a {graft.type} looks both "
+                "ways along time. Leave one of the two."
+            )
         sites = graft.sites(video)
         grown = [(site, graft.grow(video, site)) for site in sites]  # all of them, before any is put on
         for site, scion in grown:
