@@ -8,6 +8,7 @@ from torch import nn
 
 import img2vid
 from img2vid.temporal.fusing import FusedProjection
+from img2vid.tuning import freeze
 from tests.conftest import randomize, small_clip, small_vit
 
 FUSIBLE = [
@@ -318,3 +319,18 @@ def test_dropped_before_the_gate_the_gates_bias_stays(clips):
     with model.clip.of(3):
         added = model.blocks[2].branch(torch.randn(6, 17, 48))
     assert torch.equal(added, torch.ones_like(added)), "every branch is dropped, the bias is not"
+
+
+def test_below_the_first_layer_that_sees_time_a_frozen_trunk_keeps_nothing(clips):
+    """Autograd keeps what a gradient will need, and none goes there."""
+    model = make(temporal_layers="last:1").train()
+    freeze(model, "temporal_only")
+    kept, at_block = [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *call: at_block.append(len(kept)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        model(clips).sum().backward()
+    assert at_block[:3] == [0, 0, 0] and len(kept) > 5
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, _ in model.named_parameters() if "temporal" in name or "time_embed" in name
+    }
