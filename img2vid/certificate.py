@@ -183,7 +183,7 @@ def certify(
     return Certificate(
         backbone=video.config.backbone,
         attention=video.config.attention,
-        mixes_frames=video.config.mixes_frames,
+        mixes_frames=video.config.mixes_frames or any(graft.mixes_frames for graft in video.grafts),
         prefix_mode=video.config.prefix_mode,
         guarantee=guarantee,
         num_zero_parameters=sum(p.numel() for p in zero_parameters.values()),

@@ -125,7 +125,7 @@ class Progress(logging.Handler):
 
         def say(done: int, total: int) -> None:
             nonlocal last
-            if time.perf_counter() - last > self.seconds_between_lines:
+            if total > 1e6 and time.perf_counter() - last > self.seconds_between_lines:
                 last = time.perf_counter()
                 self.say(f"Read {megabytes(done, total)}")
 

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from img2vid.errors import Img2VidError, nearest
@@ -84,6 +84,7 @@ class VideoConfig:
         tubelet_init: ``central`` | ``average``.
         encoder_layers: depth of the temporal encoder of ``factorised_encoder``.
         quirks: what a published model does differently, by name, such as ``["block_input_residual"]``: see ``QUIRKS``.
+        grafts: what else is inserted, each as options by name, such as ``{"type": "lora", "rank": 8}``: docs/grafts.md.
         num_classes: a zero-initialised linear classifier on the clip feature; None for features.
         backbone_args: keyword arguments of the backbone's own factory (timm.create_model, open_clip.create_model), such
             as ``{"drop_path_rate": 0.1}``.
@@ -104,6 +105,7 @@ class VideoConfig:
     tubelet_init: TubeletInit = "central"
     encoder_layers: int = 4
     quirks: tuple[str, ...] = ()
+    grafts: tuple[dict[str, Any], ...] = ()
     num_classes: int | None = None
     backbone_args: dict[str, Any] = field(default_factory=dict)
 
@@ -148,6 +150,7 @@ class VideoConfig:
         check_quirks(self)
         if self.causal:
             check_causal(self)
+        object.__setattr__(self, "grafts", graft_options(self.grafts))
         if self.time_embed == "per_patch" and self.attention not in ("divided_space_time", "joint_space_time"):
             raise ConfigError(
                 f"time_embed='per_patch' has no meaning with attention={self.attention!r}, whose patches have no time."
@@ -176,18 +179,7 @@ class VideoConfig:
 
     def layers(self, depth: int) -> list[int]:
         """Numbers of the blocks, of ``depth``, that attend along time."""
-        layers = self.temporal_layers
-        if layers == "all":
-            return list(range(depth))
-        if isinstance(layers, str):
-            rule, number = layers.split(":")
-            if int(number) > depth:
-                raise ConfigError(f"temporal_layers={layers!r}, but the backbone has {depth} blocks.")
-            blocks = list(range(depth))
-            return blocks[int(number) - 1 :: int(number)] if rule == "every" else blocks[-int(number) :]
-        if not all(0 <= i < depth for i in layers):
-            raise ConfigError(f"temporal_layers={list(layers)}: expected block numbers from 0 to {depth - 1}.")
-        return sorted(set(layers))
+        return block_numbers(self.temporal_layers, depth)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON and YAML have it, with lists for tuples."""
@@ -223,16 +215,55 @@ def whole_number(name: str, value: object, least: int = 1, most: int | None = No
     return int(value)
 
 
-def layer_rule(layers: object) -> str | tuple[int, ...]:
+def layer_rule(layers: object, name: str = "temporal_layers") -> str | tuple[int, ...]:
     """``temporal_layers`` as it is kept: a rule in words, or block numbers."""
     if isinstance(layers, str) and re.fullmatch(r"all|(every|last):[1-9]\d{0,5}", layers):
         return layers
     if isinstance(layers, (tuple, list)) and layers:
-        return tuple(whole_number("each of temporal_layers", number, least=0) for number in layers)
+        return tuple(whole_number(f"each of {name}", number, least=0) for number in layers)
     raise ConfigError(
-        f"temporal_layers={shown(layers)}: expected 'all', 'every:K', 'last:N' or a list of block numbers, such as "
-        "[0, 5, 11]."
+        f"{name}={shown(layers)}: expected 'all', 'every:K', 'last:N' or a list of block numbers, such as [0, 5, 11]."
     )
+
+
+def block_numbers(layers: str | tuple[int, ...], depth: int, name: str = "temporal_layers") -> list[int]:
+    """The blocks, of ``depth``, that a rule means.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if layers == "all":
+        return list(range(depth))
+    if isinstance(layers, str):
+        rule, number = layers.split(":")
+        if int(number) > depth:
+            raise ConfigError(f"{name}={layers!r}, but the backbone has {depth} blocks.")
+        blocks = list(range(depth))
+        return blocks[int(number) - 1 :: int(number)] if rule == "every" else blocks[-int(number) :]
+    if not all(0 <= i < depth for i in layers):
+        raise ConfigError(f"{name}={list(layers)}: expected block numbers from 0 to {depth - 1}.")
+    return sorted(set(layers))
+
+
+def graft_options(grafts: object) -> tuple[dict[str, Any], ...]:
+    """Each as JSON has it, so that equal models have equal descriptions; ``img2vid.grafts`` knows what they mean."""
+    if not isinstance(grafts, (tuple, list)):
+        raise ConfigError(f"grafts={shown(grafts)}: expected a list, such as [{{'type': 'lora', 'rank': 8}}].")
+    listed = []
+    for one in grafts:
+        one = {"type": one} if isinstance(one, str) else one.to_dict() if hasattr(one, "to_dict") else one
+        if not isinstance(one, Mapping) or not isinstance(one.get("type"), str):
+            raise ConfigError(f"grafts: {shown(one)}: expected options by name, such as {{'type': 'lora', 'rank': 8}}.")
+        listed.append({str(key): list(value) if isinstance(value, tuple) else value for key, value in one.items()})
+    return tuple(listed)
+
+
+def real_number(name: str, value: object, least: float, below: float = float("inf")) -> float:
+    """``value`` as a float of at least ``least``."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not least <= float(value) < below:
+        most = "" if below == float("inf") else f" and below {below:g}"
+        raise ConfigError(f"{name}={shown(value)}: expected a number of at least {least:g}{most}.")
+    return float(value)
 
 
 def quirk_names(quirks: object) -> tuple[str, ...]:

@@ -113,7 +113,12 @@ def load(
     dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.{nearest(str(dtype), DTYPES)}")
-    image_size = VideoConfig.from_dict(settings).image_size  # says what is wrong with any before loading anything
+    checked = VideoConfig.from_dict(settings)  # says what is wrong with any before loading anything
+    if checked.grafts:
+        from img2vid.grafts import read_grafts
+
+        read_grafts(checked.grafts)
+    image_size = checked.image_size
     if isinstance(backbone, str):
         loaded = load_backbone(
             backbone,

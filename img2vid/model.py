@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -41,6 +41,9 @@ from img2vid.temporal.pooling import first, mean_over_frames, over
 from img2vid.weights.accounting import LoadReport
 from img2vid.weights.reloading import load_image_weights
 
+if TYPE_CHECKING:
+    from img2vid.grafts import Graft
+
 
 class VideoModel(Overlay, Running, Saving):
     """An image tower that takes clips.
@@ -62,6 +65,7 @@ class VideoModel(Overlay, Running, Saving):
     tower: ImageTower
     clip: ClipContext  # knows T while clips are in flight
     image_weights: str
+    grafts: tuple[Graft, ...]  # in the order they were put in
 
     def __init__(self, image_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(
@@ -70,6 +74,8 @@ class VideoModel(Overlay, Running, Saving):
             tower=describe(image_model),
             clip=ClipContext(),
             image_weights="a module that was given",  # where they come from, for people to read
+            class_names=None,  # what the numbers of the classifier stand for, where that is known
+            grafts=(),
         )
         if getattr(image_model, "is_laid_under_video", False):
             raise BackboneError(
@@ -101,6 +107,10 @@ class VideoModel(Overlay, Running, Saving):
                 self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, dim, **on_device))
         if config.num_classes is not None:
             self.classifier = zero_linear(dim, config.num_classes, **on_device)
+        if config.grafts:
+            from img2vid.grafts.grafting import plant
+
+            plant(self)
         self.train(image_model.training)
         # the libraries' own checkpointing would rerun blocks when T is no longer known, so ours takes over
         names = ("grad_checkpointing", "gradient_checkpointing")  # the latter is transformers'
@@ -272,6 +282,7 @@ class VideoTextModel(Overlay, Running, Saving):
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(image_text_model, config=config)
         video = VideoModel(image_text_model.visual, config)
+        self.config = video.config
         if hasattr(image_text_model, "put_tower"):  # transformers, which calls it vision_model
             image_text_model.put_tower(video)
         else:
@@ -319,9 +330,9 @@ class VideoTextModel(Overlay, Running, Saving):
 
     def tokenize(self, texts: str | list[str]) -> Tensor:
         """Texts to token ids (B, L), with the tokenizer the text tower was trained with."""
-        from img2vid.backbones.tokenizers import tokenizer_for
+        from img2vid.backbones.tokenizers import tokenize
 
-        return tokenizer_for(self.config.backbone)([texts] if isinstance(texts, str) else texts)
+        return tokenize(self, [texts] if isinstance(texts, str) else texts)
 
     def normalize(self, clips: Tensor) -> Tensor:
         return self.visual.normalize(clips)

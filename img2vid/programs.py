@@ -210,4 +210,6 @@ def describe(program: Program, format: str) -> dict[str, str]:
     }
     if isinstance(model, VideoTextModel):
         facts["logit_scale"] = repr(model.logit_scale.exp().item())
+    if video.class_names is not None:
+        facts["class_names"] = json.dumps(video.class_names)
     return facts | {f"version.{name}": version for name, version in versions.items()}

@@ -159,6 +159,12 @@ class Streaming:
 
 
 def check_causal(video: Any) -> None:
+    looking_ahead = [graft.name for graft in video.grafts if graft.mixes_frames]
+    if looking_ahead:
+        raise StreamError(
+            f"In this model a frame sees later frames through {', '.join(looking_ahead)}, so it cannot answer before "
+            "they are there. Take that off (img2vid.grafts.remove), or train a model without."
+        )
     if video.config.causal or not video.config.mixes_frames:
         return
     raise StreamError(

@@ -16,7 +16,7 @@ TIERS = [
     {"choices"},
     {"config", "overlay"},
     {"weights"},
-    {"command", "options", "proof.guarantees"},
+    {"command", "options", "class_names", "proof.guarantees"},
     {"temporal"},
     {"backbones"},
     {"surgery", "clips"},
@@ -26,7 +26,8 @@ TIERS = [
     {"checkpoints.saving"},
     {"model"},
     {"proof", "tuning", "footprint"},
-    {"certificate", "checkpoints", "grafts"},
+    {"certificate", "checkpoints"},
+    {"grafts"},  # which models and guarantees ask for where a configuration names some
     {"programs"},
     {"inspection", "convert", "consolidate", "interpolation", "evaluation", "export", "captioning"},
     {"estimate"},

@@ -182,7 +182,7 @@ def test_what_is_asked_for_wrongly(format, arguments, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_and_places_that_do_not_fit(tmp_path, monkeypatch):
+def test_models_and_places_that_do_not_fit(tmp_path, monkeypatch, capsys):
     with pytest.raises(ExportError, match="is in training mode"):
         export_program(make().train(), tmp_path / "model.onnx", "onnx")
     with pytest.raises(img2vid.Img2VidError, match="Nothing can be folded"):
@@ -192,11 +192,18 @@ def test_models_and_places_that_do_not_fit(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="is a folder"):
         export_program(make(), tmp_path, "onnx")
     (tmp_path / "file").touch()
+    # what can be said without the model is said before it is looked for
+    assert main(["export", str(tmp_path / "gone"), "--format", "onnx", "--out", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "gone"), "--format", "vivit", "--out", str(tmp_path)]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
     with pytest.raises(ExportError, match="cannot be written"):
         export_program(make(), tmp_path / "file" / "model.ts", "torchscript")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ExportError, match=r"needs onnxscript\. Run: pip install 'img2vid\[export\]'"):
         export_program(make(), tmp_path / "model.onnx", "onnx")
+    assert main(["export", str(tmp_path / "gone"), "--format", "onnx", "--out", str(tmp_path / "model.onnx")]) == 2
+    assert "needs onnxscript" in capsys.readouterr().err
 
 
 # ---- as commands

@@ -56,6 +56,8 @@ def model_card(
         else 'text = model.encode_text(model.tokenize(["a photo of a cat", "a photo of a dog"]), normalize=True)\n'
         "scores = model.encode_video(clips, normalize=True) @ text.T"
         if has_text
+        else "print(model.class_names[model(clips).argmax()])"
+        if video.class_names
         else "output = model(clips)"
     )
     proven = (

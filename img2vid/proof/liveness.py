@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from img2vid.model import VideoModel
+from img2vid.origins import scion_of
 from img2vid.proof.evidence import Size, largest, make_clips
 from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.block import SpaceTimeBlock
@@ -80,15 +81,25 @@ class Liveness:
     """Of an inserted layer, or a lone zero-initialised parameter such as ``time_embed``: can it learn, does it see?"""
 
     layer: str
-    gate: tuple[float, float] | None  # gradient norms at two optimiser steps; None for an ungated branch
-    attention: tuple[float, float] | None = None  # the same behind the gate; None where nothing is behind it
+    gate: tuple[float, ...] | None  # gradient norms at the steps (of grafts, the least); None for an ungated branch
+    attention: tuple[float, ...] | None = None  # the same behind the gate; None where nothing is behind it
     coupling: float | None = None  # how far its attention's output at a frame moves when only the other frames change
     stray: float | None = None  # how far its output moves everywhere else when one position changes in other frames
+    graft: str | None = None  # the name of the graft it is of; None for what is about time
+    depth: int = 0  # zero gates of others that it stands behind
 
     @property
     def alive(self) -> bool:
-        gate_moves = self.gate is None or self.gate[0] > 0.0
-        return gate_moves and (self.attention is None or self.attention[1] > 0.0) and self.coupling != 0.0
+        """Whether gradient arrives as soon as it can: at the gate one step after the gate it stands behind has moved,
+        at what is behind the gate one step later."""
+        gate_moves = self.gate is None or self.gate[self.depth] > 0.0
+        moves = self.attention is None or self.attention[self.first_behind] > 0.0
+        return gate_moves and moves and self.coupling != 0.0
+
+    @property
+    def first_behind(self) -> int:
+        """The step at which gradient can first arrive behind the gate, counted from 0."""
+        return self.depth + (self.graft is None or self.gate is not None)
 
 
 def measure_liveness(
@@ -97,13 +108,16 @@ def measure_liveness(
     """Gradient norms at two steps of gradient descent on a random linear objective, from closed gates.
 
     At the first step gradient can reach the gates alone, so moving them is the whole step; at the second it must reach
-    the attention behind them. Ungated branches are measured as they are. All weights get their values back.
+    the attention behind them. What a graft has put behind such a gate has its turn one step later, so then there are
+    three. Ungated branches are measured as they are. All weights get their values back.
     """
-    layers = temporal_layers(video)
-    in_layers = {id(p) for gate, _ in layers.values() for p in gate}
+    layers, scions = temporal_layers(video), planted(video)
+    in_layers = {id(p) for gate, _ in [*layers.values(), *scions.values()] for p in gate}
     alone = {name: p for name, p in video.zero_parameters().items() if id(p) not in in_layers}
     behind = {path: matrices(attention) for path, (_, attention) in layers.items()}
-    gates = [*(p for gate, _ in layers.values() for p in gate), *alone.values()]
+    behind |= {path: others for path, (_, others) in scions.items()}
+    gates = [*(p for gate, _ in [*layers.values(), *scions.values()] for p in gate), *alone.values()]
+    depths = {path: depth_of(path) for path in scions}
     measured = [*gates, *(p for attention in behind.values() for p in attention)]
     if not measured:
         return []
@@ -111,7 +125,7 @@ def measure_liveness(
     steps: list[dict[nn.Parameter, float]] = []
     objective = None
     with only_requiring_grad(video, measured), video.gates_closed():
-        for _ in range(2):
+        for step in range(2 + max(depths.values(), default=0)):
             features = first(video.clip_features(clips))
             if objective is None:
                 objective = torch.randn(features.shape, generator=generator).to(features.device, features.dtype)
@@ -120,20 +134,28 @@ def measure_liveness(
             with torch.no_grad():
                 for parameter in gates:
                     grad = grads[parameter].float()  # norms of half precision gradients overflow
-                    parameter.sub_((step_size * grad / grad.norm().clamp_min(1e-12)).to(parameter.dtype))
+                    # halved each time, or the second step could bring a scalar gate back to zero
+                    length = step_size / 2**step
+                    parameter.sub_((length * grad / grad.norm().clamp_min(1e-12)).to(parameter.dtype))
         stray = measure_stray(video, clips)  # here gates are open
 
-    def both(parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
-        first_step, second_step = (sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps)
-        return first_step, second_step
+    def norms(parameters: Sequence[nn.Parameter]) -> tuple[float, ...] | None:
+        return tuple(sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps) if parameters else None
+
+    def least(parameters: Sequence[nn.Parameter]) -> tuple[float, ...] | None:
+        return tuple(min(step[p] for p in parameters) for step in steps) if parameters else None
 
     coupling = measure_coupling(video, {path: attention for path, (_, attention) in layers.items()}, clips)
     return [
         *(
-            Liveness(path, both(gate) if gate else None, both(behind[path]), coupling[path], stray.get(path))
+            Liveness(path, norms(gate), norms(behind[path]), coupling[path], stray.get(path))
             for path, (gate, _) in layers.items()
         ),
-        *(Liveness(name, both([parameter])) for name, parameter in alone.items()),
+        *(
+            Liveness(path, least(gate), least(others), graft=path.rpartition("graft_")[2], depth=depths[path])
+            for path, (gate, others) in scions.items()
+        ),
+        *(Liveness(name, norms([parameter])) for name, parameter in alone.items()),
     ]
 
 
@@ -230,6 +252,23 @@ def temporal_layers(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], Te
             gates = [*block.attn_fc.parameters(), *block.fc2.parameters()]
             layers[f"temporal_encoder.blocks.{i}"] = (gates, block.attn)
     return layers
+
+
+def planted(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], list[nn.Parameter]]]:
+    """What grafts have put in each place, by its path: (parameters of its gate, its other parameters)."""
+    zero = {id(p) for p in video.zero_parameters().values()}
+    found: dict[str, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
+    for name, parameter in video.named_parameters():
+        if (path := scion_of(name)) is not None:
+            found.setdefault(path, ([], []))[0 if id(parameter) in zero else 1].append(parameter)
+    # a branch of a user's own may keep its gate beside it (graft_fc): then this is no place of its own
+    names = {graft.name for graft in video.grafts}
+    return {path: parts for path, parts in found.items() if path.rpartition("graft_")[2] in names}
+
+
+def depth_of(path: str) -> int:
+    """How many zero gates stand between a place and the residual stream: a graft on attention along time has one."""
+    return int("temporal_attn." in path)
 
 
 def matrices(module: nn.Module) -> list[nn.Parameter]:

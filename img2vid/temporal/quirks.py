@@ -92,6 +92,8 @@ class SeenBySpaceOnly:
             self.residual = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.residual is None:  # called for another purpose than attention over space (a graft's)
+            return args
         return (args[0] + self.residual, *args[1:])
 
 

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from img2vid.backbones import wrap_module
 from img2vid.checkpoints.native import load, load_reference
+from img2vid.class_names import is_shuffled
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.consolidate import ENTRY
 from img2vid.convert import convert
@@ -125,6 +126,8 @@ class VideoTraining(pl.LightningModule):
                 )
             )
             self.has_objective = stage == "fit"
+        if class_names is not None:
+            self.name_classes(tuple(class_names), learns=stage == "fit")
         if class_names is not None and self.accuracy is None:
             from torchmetrics.classification import MulticlassAccuracy
 
@@ -135,6 +138,18 @@ class VideoTraining(pl.LightningModule):
             option = "forward_sync_buffers"  # of torch >= 2.14
             option = option if option in signature(DistributedDataParallel).parameters else "broadcast_buffers"
             self.trainer.strategy._ddp_kwargs.setdefault(option, False)
+
+    def name_classes(self, names: tuple[str, ...], learns: bool) -> None:
+        """What the numbers of the model's classifier stand for is what the list says, and is saved with it."""
+        video = getattr(self.model, "visual", self.model)
+        if is_shuffled(video.class_names, names):
+            raise TrainingError(
+                "The list has the classes of the model's classifier in another order, so that numbers would mean other "
+                f"classes: {', '.join(names[:4])}, ... here, {', '.join(video.class_names[:4])}, ... there. Give "
+                "data.classes: a text file with the model's class names (class_names in its config.json), one a line."
+            )
+        if learns and video.config.num_classes == len(names):
+            video.class_names = names
 
     def image_model(self) -> VideoModel | VideoTextModel:
         """A frozen copy of the image model as it was in the beginning, applied to each frame."""
@@ -284,6 +299,8 @@ class VideoTraining(pl.LightningModule):
         """
         video = getattr(self.model, "visual", self.model)
         checkpoint[ENTRY] = {"video": self.model.config.to_dict(), "image_weights": video.image_weights}
+        if video.class_names is not None:
+            checkpoint[ENTRY]["class_names"] = video.class_names
         loop = self.trainer.fit_loop.epoch_loop
         done, every = loop.batch_progress.current.processed, self.trainer.accumulate_grad_batches
         whole = done if done >= self.trainer.num_training_batches else done - done % every
