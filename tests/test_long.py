@@ -1,14 +1,16 @@
 """Some frames at a time: the same features, less memory."""
 
+import re
+
 import pytest
 import torch
 
 import img2vid
+import img2vid.grafts
 from img2vid.config import ConfigError
 from img2vid.footprint import Meter
 from img2vid.temporal.infront import fronts_of
-from tests.conftest import randomize, small_clip, small_vit
-from tests.test_streaming import small_eva
+from tests.conftest import randomize, small_clip, small_eva, small_vit
 
 
 def make(image_model=None, **settings):
@@ -85,3 +87,31 @@ def test_frames_that_are_not_independent(settings):
         make(**settings).set_frames_at_a_time(4)
     with pytest.raises(ConfigError, match="number=0"):
         make().set_frames_at_a_time(0)
+
+
+GRAFTS = {
+    "adapter": ({"type": "adapter", "bottleneck": 8}, None),
+    "lora": ({"type": "lora", "rank": 4}, None),
+    "aim": ({"type": "aim"}, "may mix their frames|does not know how many"),
+    "st_adapter": ({"type": "st_adapter", "bottleneck": 8}, "may mix their frames|does not know how many"),
+}
+
+
+@pytest.mark.parametrize("kind", GRAFTS)
+@pytest.mark.parametrize("grafted_first", [True, False])
+@torch.no_grad()
+def test_grafts_that_mix_frames_are_never_run_on_a_part_of_them(kind, grafted_first, long):
+    spec, refused = GRAFTS[kind]
+    model = img2vid.convert(small_vit(), num_frames=4, grafts=[spec] if grafted_first else [])
+    try:
+        model.set_frames_at_a_time(3)
+        if not grafted_first:
+            img2vid.grafts.graft(model, [spec])
+        randomize(model, seed=3).eval()
+        found = model.frame_features(long)
+    except (ConfigError, RuntimeError) as error:
+        assert refused is not None and re.search(refused, str(error))
+        return
+    assert refused is None
+    model.set_frames_at_a_time(None)
+    torch.testing.assert_close(found, model.frame_features(long), atol=3e-6, rtol=1e-5)

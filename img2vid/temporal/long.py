@@ -14,14 +14,20 @@ from torch import Tensor
 
 from img2vid.config import ConfigError, whole_number
 from img2vid.temporal.block import SpaceTimeBlock
-from img2vid.temporal.infront import InFront, put_in_front, take_from_front
+from img2vid.temporal.clip import ClipContext
+from img2vid.temporal.infront import InFront, fronts_of, put_in_front, take_from_front
 from img2vid.temporal.quirks import BlockInputResidual
+
+# what may stand in front of a block and is seen to above, or has nothing to do without gradients
+PASSED_BY = {"SpaceTime", "Folded", "SkippedWhenShut", "DropBeforeGate", "BlockInputResidual", "Fused", "Checkpointed"}
+PASSED_BY |= {"InParts"}
 
 
 class InParts(InFront):
     """In front of a block whose frames are independent in space."""
 
     title = "InParts"
+    clip: ClipContext
     frames_at_a_time: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (B*T, P + N, D)
@@ -33,8 +39,11 @@ class InParts(InFront):
             if not self.adds_nothing():
                 places = max(1, self.frames_at_a_time * x.shape[1] // len(x))
                 x = torch.cat([part + self.temporal_residual(part) for part in x.split(places, dim=1)], dim=1)
-        starts = range(0, len(x), self.frames_at_a_time)
-        return torch.cat([image_block(*self.part(start, x, *args), **self.named(start, x, kwargs)) for start in starts])
+        parts = []
+        with self.clip.of(None):  # whatever in the image block asks for T is not independent, and must not guess
+            for start in range(0, len(x), self.frames_at_a_time):
+                parts.append(image_block(*self.part(start, x, *args), **self.named(start, x, kwargs)))
+        return torch.cat(parts)
 
     def part(self, start: int, x: Tensor, *args: Any) -> list[Any]:
         """Some frames of the tokens, and of what else there is one of for each frame (masks (B*T, H, N, N))."""
@@ -70,7 +79,7 @@ class LongClips:
                 take_from_front(block, InParts)
             if number is not None and not isinstance(block, BlockInputResidual):
                 put_in_front(block, InParts)
-                block.frames_at_a_time = number
+                block.clip, block.frames_at_a_time = video.clip, number
 
 
 def check_independent(video: Any) -> None:
@@ -81,4 +90,10 @@ def check_independent(video: Any) -> None:
             f"Blocks of this model (attention={config.attention!r}, prefix_mode={config.prefix_mode!r}) see all frames "
             "of a clip at once, so they cannot work on some at a time. Give shorter clips, several of each video "
             "(--num-clips), or convert with prefix_mode='per_frame'."
+        )
+    between = {front.title for _, block in video.tower.blocks for front in fronts_of(block)} - PASSED_BY
+    if between:
+        raise ConfigError(
+            f"Blocks of this model have been changed ({', '.join(sorted(between))}) in ways that may mix their "
+            "frames, so they cannot work on some at a time. Take that off first, or give shorter clips (--num-clips)."
         )
