@@ -23,14 +23,28 @@ INFERENCE = (
     *("img2vid", "img2vid shared", "img2vid fused", "transformers", "timesformer-pytorch", "image model"),
     *("limit", "limit folded", "limit image"),
 )
-TRAIN = ("img2vid", "img2vid checkpointed", "img2vid temporal only", "transformers", "image model", "limit")
+TRAIN = (
+    "img2vid",
+    "img2vid checkpointed",
+    "img2vid temporal only",
+    "img2vid last 4 only",
+    "transformers",
+    "image model",
+)
+TRAIN += ("limit", "limit folded")
 MAIN = ("img2vid", "img2vid fused", "transformers", "limit", "limit folded")  # of long clips
 # (which, over which): what the aims are about
 PAIRS = (
-    *(("img2vid", "limit"), ("img2vid shared", "limit"), ("img2vid fused", "limit folded")),
+    *(
+        ("img2vid", "limit"),
+        ("img2vid shared", "limit"),
+        ("img2vid", "limit folded"),
+        ("img2vid fused", "limit folded"),
+    ),
     *(("img2vid", "transformers"), ("img2vid shared", "transformers"), ("img2vid fused", "transformers")),
     *(("img2vid", "timesformer-pytorch"), ("img2vid", "image model"), ("image model", "limit image")),
-    *(("img2vid checkpointed", "img2vid"), ("img2vid temporal only", "img2vid")),
+    *(("img2vid checkpointed", "img2vid"), ("img2vid checkpointed", "transformers")),
+    *(("img2vid temporal only", "img2vid"), ("img2vid last 4 only", "img2vid")),
     *(("transformers", "limit"), ("transformers checkpointed", "transformers")),
 )
 
@@ -125,31 +139,39 @@ def small_training(plan: Plan) -> Iterator[Case]:
     main, *others = plan.lengths(8, 4, 16, 32)
     yield training_of(plan, "ViT-S/16", main, (*TRAIN, "img2vid shared", "timesformer-pytorch"), 3)
     for num_frames in others:
-        yield training_of(plan, "ViT-S/16", num_frames, ("img2vid", "transformers", "limit"), 2)
+        yield training_of(plan, "ViT-S/16", num_frames, ("img2vid", "transformers", "limit", "limit folded"), 2)
 
 
 def base_training(plan: Plan) -> Iterator[Case]:
     size, num_frames = plan.size("ViT-B/16"), plan.lengths(8)[0]
     yield training_of(plan, size, num_frames, (*TRAIN, "img2vid shared"), 3)
-    yield training_of(plan, size, num_frames, ("img2vid", "transformers", "limit"), 2, in_bf16=True)
+    yield training_of(plan, size, num_frames, ("img2vid", "transformers", "limit", "limit folded"), 2, in_bf16=True)
 
 
-def training_memory(plan: Plan) -> Iterator[Case]:
-    size, num_frames = plan.size("ViT-B/16"), plan.lengths(8)[0]
-    names = ("img2vid", "img2vid shared", "img2vid checkpointed", "img2vid temporal only", "transformers")
-    names += ("transformers checkpointed", "image model")
+def memory_of(plan: Plan, size: str, num_frames: int, names: tuple[str, ...]) -> Case:
     mebibytes, left_out = {}, {}
-    for name in names[: 2 if plan.quick else None]:
+    for name in names:
         try:
             mebibytes[name] = round(memory.measure(name, size, num_frames, plan.device, plan.threads)["step"], 1)
         except (Missing, RuntimeError) as error:
             left_out[name] = str(error)
     once = {name: [value] for name, value in mebibytes.items()}
-    yield {
+    return {
         **{"size": size, "num_frames": num_frames, "precision": "float32", "mebibytes": mebibytes},
         "ratios": {f"{of} / {to}": found for of, to in PAIRS if (found := ratio(once, of, to))},
         "left_out": left_out,
     }
+
+
+def training_memory(plan: Plan) -> Iterator[Case]:
+    if plan.quick:
+        yield memory_of(plan, "ViT-S/16", 2, ("img2vid", "transformers"))
+        return
+    names = ("img2vid", "img2vid shared", "img2vid checkpointed", "img2vid temporal only", "img2vid last 4 only")
+    names += ("transformers", "transformers checkpointed", "image model")
+    yield memory_of(plan, "ViT-B/16", 8, names)
+    yield memory_of(plan, "ViT-S/16", 8, ("img2vid", "transformers"))
+    yield memory_of(plan, "ViT-B/16", 16, ("img2vid", "transformers"))
 
 
 def frame_count(plan: Plan) -> Iterator[Case]:

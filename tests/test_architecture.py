@@ -21,6 +21,7 @@ TIERS = [
     {"backbones"},
     {"surgery", "clips"},
     {"origins", "streaming"},
+    {"running"},
     {"weights.reloading"},
     {"checkpoints.saving"},
     {"model"},
