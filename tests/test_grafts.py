@@ -34,6 +34,9 @@ GRAFTS = {
     "parallel": {"type": "adapter", "bottleneck": 8, "at": ["mlp"], "form": "beside", "scale": 0.1},
     "aim": {"type": "aim"},
     "st_adapter": {"type": "st_adapter", "bottleneck": 8},
+    "vpt shallow": {"type": "prompt", "num_tokens": 4, "form": "shallow"},
+    "vpt deep": {"type": "prompt", "num_tokens": 4, "form": "deep"},
+    "prompts gated": {"type": "prompt", "num_tokens": 4, "form": "gated"},
     "st_adapter in space": {"type": "st_adapter", "bottleneck": 8, "kernel": [3, 3, 3], "init": "up"},
 }
 TOWERS = {"vit": small_vit, "eva": small_eva, "clip": small_clip}
@@ -194,9 +197,18 @@ DESIGNS = {
 }
 
 
+def is_refused(spec, settings):
+    """Tokens in the stream, where the clip's class token is computed by itself."""
+    return settings.get("prefix_mode") == "global" and spec.get("form") in ("shallow", "deep")
+
+
 @every_graft
 @pytest.mark.parametrize("settings", DESIGNS.values(), ids=DESIGNS)
 def test_beside_every_way_of_inserting_time(spec, settings):
+    if is_refused(spec, settings):
+        with pytest.raises(GraftError, match="cannot be put in here: prefix_mode='global'"):
+            img2vid.convert(small_vit(), num_frames=4, grafts=[spec], **settings)
+        return
     with_time = settings.get("attention", "divided_space_time") == "divided_space_time"
     spec = spec if with_time else over_space(spec)
     plain = img2vid.convert(small_vit(), num_frames=4, **settings)
