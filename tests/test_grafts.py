@@ -16,14 +16,17 @@ import img2vid
 from img2vid.certificate import certify
 from img2vid.cli import main as cli
 from img2vid.config import ConfigError, VideoConfig
+from img2vid.evaluation.attention import attention_maps
+from img2vid.export import export_program
 from img2vid.grafts import GRAFTS as TYPES
 from img2vid.grafts import GraftError, fold, graft, read_graft, remove
 from img2vid.grafts.base import Graft
-from img2vid.grafts.grafting import num_parameters, tower_of
+from img2vid.grafts.grafting import num_parameters
 from img2vid.objectives import Classification
 from img2vid.training import Tuning, VideoTraining
 from img2vid.tuning import TuningError, freeze, layer_groups
 from tests.conftest import small_clip, small_eva, small_vit
+from tests.test_transformers import make as make_hf
 from tests.training_run import fit
 
 ALL = ["attn", "temporal_attn", "mlp"]
@@ -39,8 +42,22 @@ GRAFTS = {
     "prompts gated": {"type": "prompt", "num_tokens": 4, "form": "gated"},
     "st_adapter in space": {"type": "st_adapter", "bottleneck": 8, "kernel": [3, 3, 3], "init": "up"},
 }
-TOWERS = {"vit": small_vit, "eva": small_eva, "clip": small_clip}
+TOWERS = {
+    "vit": small_vit,
+    "eva": small_eva,
+    "clip": small_clip,
+    "hf clip": lambda: make_hf("CLIPModel"),
+    "hf dinov2 with registers": lambda: make_hf("Dinov2WithRegistersModel"),
+}
 every_graft = pytest.mark.parametrize("spec", GRAFTS.values(), ids=GRAFTS)
+# the first in the default suite, the others beside what else takes long
+in_turn = pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, id=name, marks=[pytest.mark.slow] if i else [])
+        for i, (name, spec) in enumerate(GRAFTS.items())
+    ],
+)
 every_tower = pytest.mark.parametrize("make", TOWERS.values(), ids=TOWERS)
 
 
@@ -121,7 +138,7 @@ def test_folded_is_the_same_without_a_trace(spec, make):
     fold(model)
     torch.testing.assert_close(features(model), before, atol=1e-5, rtol=1e-5)
     assert model.state_dict().keys() == img2vid.convert(make(), num_frames=4).state_dict().keys()
-    assert type(tower_of(model).tower.blocks[0][1]).__name__.startswith("SkippedWhenShutSpaceTime")
+    assert all("Grafted" not in type(module).__name__ for module in model.modules())
 
 
 @every_graft
@@ -259,6 +276,25 @@ def test_half_precision(spec):
 
 
 @every_graft
+def test_attention_is_drawn_or_refused_with_the_reason(spec):
+    model = push(img2vid.convert(small_vit(), num_frames=3, grafts=[spec]))
+    if TYPES[spec["type"]].attends:
+        with pytest.raises(img2vid.Img2VidError, match="attend to more"):
+            attention_maps(model, clips()[:1])
+        return
+    maps = attention_maps(model, clips()[:1])
+    assert {m.shape for m in maps.rows().values()} == {(3, 4, 4)}
+
+
+@in_turn
+def test_it_is_part_of_an_exported_program(spec, tmp_path):
+    model = push(img2vid.convert(small_vit(), num_frames=4, grafts=[spec]))
+    assert export_program(model, tmp_path / "model.pt2", "torch-export").max_difference < 1e-4
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(again(clips(5)), features(model, 5), atol=1e-4, rtol=1e-4)
+
+
+@every_graft
 def test_exports_refuse_what_they_cannot_say(spec, tmp_path):
     model = push(img2vid.convert(small_vit(), num_frames=4, grafts=[spec], prefix_mode="shared"))
     for format in ("image", "timesformer"):
@@ -390,7 +426,7 @@ def test_options_of_a_graft_are_given_by_name(capsys):
     assert "expected OPTION=VALUE, such as rank=8" in capsys.readouterr().err
 
 
-@every_graft
+@in_turn
 def test_resumed_training_is_the_unbroken_one(spec, motion_set, tmp_path):
     def start(**options):
         video = VideoConfig("nano_clip", num_frames=2, grafts=(over_space(spec),))

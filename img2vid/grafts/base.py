@@ -61,6 +61,7 @@ class Graft:
     identity: ClassVar[str]
     folds: ClassVar[str]
     mixes_frames: ClassVar[bool] = False  # whether frames of a clip learn of each other through it
+    attends: ClassVar[bool] = False  # whether tokens attend to more through it than the model's own attention says
 
     name: str = field(default="", kw_only=True)
 

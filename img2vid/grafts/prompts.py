@@ -47,7 +47,7 @@ class Prompts(TokenScion):
     def before(self, x: Tensor, host: nn.Module) -> Tensor:  # (B*T, P + N, D) -> (B*T, P + K + N, D)
         if self.tokens is None:
             return x
-        prompts = self.tokens.to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.tokens.to(x.dtype).expand(x.shape[0], -1, -1)
         return torch.cat([x[:, : self.num_prefix], prompts, x[:, self.num_prefix :]], dim=1)
 
     def after(self, y: Tensor, x: Tensor, host: nn.Module) -> Tensor:
@@ -94,7 +94,7 @@ class GatedPrompts(TokenScion):
 
         q = heads(x, wq, bq, own.get("q_norm"))
         k, v = (
-            z.expand(len(x), -1, -1, -1)
+            z.expand(x.shape[0], -1, -1, -1)
             for z in (heads(self.tokens, wk, bk, own.get("k_norm")), heads(self.tokens, wv, bv))
         )
         seen = self.zero_gate * F.scaled_dot_product_attention(q, k, v, scale=own["scale"])
@@ -118,6 +118,7 @@ class Prompt(Graft):
     gate = "none; gated: zero_gate, one number a head"
     identity = "not at all (the certificate says by how much); gated: bit for bit"
     folds = "no: they are tokens"
+    attends = True
 
     num_tokens: int = 10
     form: Literal["shallow", "deep", "gated"] = "deep"
