@@ -85,6 +85,12 @@ class Graft:
     def guarantee(self) -> Guarantee:
         return Guarantee("any clip, bit for bit on the same folded batch", dict.fromkeys(KINDS, "bitwise"))
 
+    def planted(self, video: VideoModel) -> None:
+        """What else changes in a model once it is in; ``uprooted`` changes it back."""
+
+    def uprooted(self, video: VideoModel) -> None:
+        """Called when all of it has been taken off."""
+
     def fold(self, site: Site, scion: nn.Module) -> None:
         """Write a scion into its host's own weights, in place; what is left of it is taken out afterwards."""
         raise GraftError(f"{self.type} cannot be folded into the model's own weights: {self.folds}.")

@@ -88,7 +88,9 @@ def compare(
         frame_features = video.frame_features(clips)
     tower = describe(image)
     with recorded([block for _, block in tower.blocks]) as expected_layers:
-        expected = first(tower.call(image, central_frames(video, clips))).unflatten(0, (len(clips), num_steps))
+        expected = first(tower.call(image, central_frames(video, clips)[:, : tower.in_channels])).unflatten(
+            0, (len(clips), num_steps)
+        )
     return Comparison(
         kind=kind,
         num_frames=clips.shape[1],
