@@ -22,16 +22,12 @@ if TYPE_CHECKING:
     from img2vid.model import VideoModel
 
 
-class MoreChannels(TokenScion):
-    """Around the patch projection: it gets the channels it knows; what the others give is added.
+class KnownChannels(TokenScion):
+    """Around the patch projection: of frames (B*T, K * (C + E), H, W), K a tubelet, it gets the C channels it knows."""
 
-    Frames are (B*T, K * (C + E), H, W), of K frames a tubelet.
-    """
-
-    def __init__(self, conv: nn.Conv2d, known: int, more: int, tubelet_size: int) -> None:
+    def __init__(self, known: int, tubelet_size: int) -> None:
         super().__init__()
         self.known, self.tubelet_size = known, tubelet_size
-        self.zero_weight = nn.Parameter(torch.zeros(conv.out_channels, tubelet_size * more, *conv.kernel_size))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         frames = x.unflatten(1, (self.tubelet_size, -1))
@@ -40,6 +36,14 @@ class MoreChannels(TokenScion):
 
     def before(self, x: Tensor, host: nn.Module) -> Tensor:
         return self.split(x)[0]
+
+
+class MoreChannels(KnownChannels):
+    """What the others give is added to what comes out."""
+
+    def __init__(self, conv: nn.Conv2d, known: int, more: int, tubelet_size: int) -> None:
+        super().__init__(known, tubelet_size)
+        self.zero_weight = nn.Parameter(torch.zeros(conv.out_channels, tubelet_size * more, *conv.kernel_size))
 
     def after(self, y: Tensor, x: Tensor, host: nn.Module) -> Tensor:
         return y + F.conv2d(self.split(x)[1], self.zero_weight, None, host.stride, host.padding, host.dilation)
