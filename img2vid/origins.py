@@ -18,6 +18,8 @@ ZERO_KEYS = (
 )
 GRAFT = r"((?:.*\.)?graft_(?!fc\b)\w+)\..*"  # what a graft has put in one place, by its path
 
+GRAFTED_COPIES = r"(.*\.)?graft_\w+\.copy\..*"  # of whole image blocks
+
 
 def new_keys(config: VideoConfig) -> list[str]:
     """Regular expressions of the keys of what has no counterpart in the image model."""
@@ -26,6 +28,8 @@ def new_keys(config: VideoConfig) -> list[str]:
 
 def origin_of(name: str, config: VideoConfig) -> str:
     """Where a parameter comes from: ``pretrained`` (the image model), ``copied`` from it, or ``new``."""
+    if re.fullmatch(GRAFTED_COPIES, name):
+        return "copied"
     if any(re.fullmatch(pattern, name) for pattern in new_keys(config)):
         return "new"
     if re.fullmatch(COPIED_KEYS, name):

@@ -117,7 +117,7 @@ def measure_liveness(
     behind = {path: matrices(attention) for path, (_, attention) in layers.items()}
     behind |= {path: others for path, (_, others) in scions.items()}
     gates = [*(p for gate, _ in [*layers.values(), *scions.values()] for p in gate), *alone.values()]
-    depths = {path: depth_of(path) for path in scions}
+    depths = {path: depth_of(video, path) for path in scions}
     measured = [*gates, *(p for attention in behind.values() for p in attention)]
     if not measured:
         return []
@@ -266,9 +266,11 @@ def planted(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], list[nn.Pa
     return {path: parts for path, parts in found.items() if path.rpartition("graft_")[2] in names}
 
 
-def depth_of(path: str) -> int:
-    """How many zero gates stand between a place and the residual stream: a graft on attention along time has one."""
-    return int("temporal_attn." in path)
+def depth_of(video: VideoModel, path: str) -> int:
+    """How many zero gates of others stand between a place and the residual stream: a graft on attention along time has
+    one, and what a graft puts in front of another part of its own says so by its ``depth``."""
+    own: int = getattr(video.get_submodule(path), "depth", 0)
+    return own + int("temporal_attn." in path)
 
 
 def matrices(module: nn.Module) -> list[nn.Parameter]:
