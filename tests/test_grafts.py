@@ -36,6 +36,7 @@ GRAFTS = {
     "aim": {"type": "aim"},
     "st_adapter": {"type": "st_adapter", "bottleneck": 8},
     "st_adapter in space": {"type": "st_adapter", "bottleneck": 8, "kernel": [3, 3, 3], "init": "up"},
+    "fusion": {"type": "fusion", "towers": ["nano_clip"], "train": True},
 }
 TOWERS = {"vit": small_vit, "eva": small_eva, "clip": small_clip}
 every_graft = pytest.mark.parametrize("spec", GRAFTS.values(), ids=GRAFTS)
