@@ -282,6 +282,10 @@ class VideoTextModel(Overlay, Running, Saving):
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(image_text_model, config=config)
         video = VideoModel(image_text_model.visual, config)
+        if video.grafts:
+            from img2vid.grafts.grafting import check_beside_text
+
+            check_beside_text(video.grafts)
         self.config = video.config
         if hasattr(image_text_model, "put_tower"):  # transformers, which calls it vision_model
             image_text_model.put_tower(video)

@@ -45,6 +45,7 @@ GRAFTS = {
     "control": {"type": "control", "more": 2, "copies": 2},
     "prompts gated": {"type": "prompt", "num_tokens": 4, "form": "gated"},
     "st_adapter in space": {"type": "st_adapter", "bottleneck": 8, "kernel": [3, 3, 3], "init": "up"},
+    "fusion": {"type": "fusion", "towers": ["nano_clip"], "train": True},
 }
 TOWERS = {
     "vit": small_vit,
