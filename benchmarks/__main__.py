@@ -1,4 +1,4 @@
-"""Every benchmark of speed and memory in one command; about ten minutes on two cores.
+"""Every benchmark of speed and memory in one command; some twelve minutes on two cores.
 
     python -m benchmarks --suite cpu --out results.json --write docs/performance.md
     python -m benchmarks --suite cpu --out results.json --only inference-b16 streaming

@@ -85,6 +85,19 @@ def test_results_are_kept_resumed_and_shown(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob("*.new")) == []
 
 
+def test_aims_are_held_against_medians():
+    def case(**ratios):
+        where = {"size": "ViT-B/16", "num_frames": 8, "precision": "float32"}
+        return {**where, "ratios": {"img2vid / transformers": [0.9, 0.8, 2.0], **ratios}}
+
+    groups = {"memory": [case()], "inference-b16": [case(), {**case(), "num_frames": 4}]}
+    lines = page.aims(groups)
+    assert len(lines) == 2 + 2
+    assert "| img2vid / transformers | <= 1 | 0.90 (0.80 to 2.00) | met |" in lines[2]
+    assert "| <= 0.85 | 0.90 (0.80 to 2.00) | **off by 6%** |" in lines[3]
+    assert page.aims({}) == []
+
+
 def test_a_group_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     def fails(plan):
         raise RuntimeError("no memory left")

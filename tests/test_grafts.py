@@ -146,6 +146,8 @@ def test_folded_is_the_same_without_a_trace(spec, make):
     torch.testing.assert_close(features(model), before, atol=1e-5, rtol=1e-5)
     assert model.state_dict().keys() == img2vid.convert(make(), num_frames=4).state_dict().keys()
     assert all("Grafted" not in type(module).__name__ for module in model.modules())
+    plain = img2vid.convert(make(), num_frames=4)
+    assert type(tower_of(model).tower.blocks[0][1]) is type(tower_of(plain).tower.blocks[0][1])
 
 
 @every_graft
