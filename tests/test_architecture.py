@@ -29,7 +29,7 @@ TIERS = [
     {"certificate", "checkpoints"},
     {"grafts"},  # which models and guarantees ask for where a configuration names some
     {"programs"},
-    {"inspection", "convert", "consolidate", "interpolation", "evaluation", "export", "captioning"},
+    {"inspection", "convert", "consolidate", "interpolation", "growing", "evaluation", "export", "captioning"},
     {"estimate"},
     {"training"},
     {"demo", "doctor"},
