@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from img2vid.convert import convert
     from img2vid.data import probe, read_clip
     from img2vid.errors import Img2VidError
+    from img2vid.grafts import graft
     from img2vid.inspection import inspect
     from img2vid.model import VideoModel, VideoTextModel
 
@@ -32,6 +33,7 @@ PUBLIC = {
     "certify": "img2vid.certificate",
     "convert": "img2vid.convert",
     "export_checkpoint": "img2vid.checkpoints.exporting",
+    "graft": "img2vid.grafts",
     "import_checkpoint": "img2vid.checkpoints.importing",
     "inspect": "img2vid.inspection",
     "load": "img2vid.checkpoints.native",
@@ -50,6 +52,7 @@ __all__ = [
     "certify",
     "convert",
     "export_checkpoint",
+    "graft",
     "import_checkpoint",
     "inspect",
     "load",

@@ -14,6 +14,8 @@ from img2vid.command import run_command
 COMMANDS: dict[str, tuple] = {
     "demo": ("img2vid.commands.demo", "see the whole idea: convert, prove, train on moving digits, evaluate, a page"),
     "convert": ("img2vid.convert", "turn an image transformer into a video transformer, with proof"),
+    "graft": ("img2vid.commands.graft", "add LoRA, adapters and other insertions to a model, or fold them in"),
+    "grow": ("img2vid.commands.grow", "make a model deeper or wider; it stays the same function"),
     "inspect": ("img2vid.commands.inspect", "show what is inside a backbone or a saved model, and what is guaranteed"),
     "certify": ("img2vid.commands.certify", "compare a saved model with its image model again"),
     "import": (
@@ -46,6 +48,7 @@ COMMANDS: dict[str, tuple] = {
         "measure a model on videos, and what time added to it",
     ),
     "caption": ("img2vid.commands.caption", "say in words what happens in videos, with a converted CoCa or BLIP"),
+    "stream": ("img2vid.commands.stream", "watch a video or a camera with a causal model, and print running scores"),
     "plot": ("img2vid.commands.plot", "draw and compare results, and what a model looks at"),
     "doctor": ("img2vid.commands.doctor", "what is installed, whether it works here, and what installs the rest"),
     "completion": ("img2vid.commands.completion", "completion of commands and options, for your shell"),

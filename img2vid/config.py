@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from img2vid.errors import Img2VidError, nearest
@@ -16,7 +16,7 @@ PrefixMode = Literal["per_frame", "shared", "global"]
 TemporalInit = Literal["copy", "random", "zeros"]
 Gate = Literal["temporal_fc", "tanh", "none"]
 TimeEmbed = Literal["zeros", "per_patch", "none"]
-Resample = Literal["linear", "nearest", "crop_or_pad"]
+Resample = Literal["linear", "nearest", "crop_or_pad", "hold"]
 TubeletInit = Literal["central", "average"]
 
 CHOICES = {
@@ -74,13 +74,17 @@ class VideoConfig:
             list of block numbers.
         temporal_init: ``copy`` | ``random`` | ``zeros``.
         gate: ``temporal_fc`` | ``tanh`` | ``none``.
+        causal: whether a frame attends to itself and earlier frames only, so that frames can be shown one at a time as
+            they come (``model.stream()``).
         time_embed: ``zeros`` (learned, starting at zero) | ``per_patch`` (one for each patch of each frame: ViViT) |
             ``none``.
-        time_embed_resample: ``linear`` | ``nearest`` | ``crop_or_pad``, for other numbers of frames.
+        time_embed_resample: ``linear`` | ``nearest`` | ``crop_or_pad`` | ``hold`` (the last entry again for all later
+            frames), for other numbers of frames; None for ``linear``, or ``hold`` where causal.
         tubelet_size: frames per tubelet; num_frames counts frames before they are grouped.
         tubelet_init: ``central`` | ``average``.
         encoder_layers: depth of the temporal encoder of ``factorised_encoder``.
         quirks: what a published model does differently, by name, such as ``["block_input_residual"]``: see ``QUIRKS``.
+        grafts: what else is inserted, each as options by name, such as ``{"type": "lora", "rank": 8}``: docs/grafts.md.
         num_classes: a zero-initialised linear classifier on the clip feature; None for features.
         backbone_args: keyword arguments of the backbone's own factory (timm.create_model, open_clip.create_model), such
             as ``{"drop_path_rate": 0.1}``.
@@ -94,16 +98,22 @@ class VideoConfig:
     temporal_layers: str | tuple[int, ...] = "all"
     temporal_init: TemporalInit = "copy"
     gate: Gate = "temporal_fc"
+    causal: bool = False
     time_embed: TimeEmbed = "zeros"
-    time_embed_resample: Resample = "linear"
+    time_embed_resample: Resample | None = None
     tubelet_size: int = 1
     tubelet_init: TubeletInit = "central"
     encoder_layers: int = 4
     quirks: tuple[str, ...] = ()
+    grafts: tuple[dict[str, Any], ...] = ()
     num_classes: int | None = None
     backbone_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.causal, bool):
+            raise ConfigError(f"causal={shown(self.causal)}: expected true or false.")
+        if self.time_embed_resample is None:
+            object.__setattr__(self, "time_embed_resample", "hold" if self.causal else "linear")
         for name, choices in CHOICES.items():
             one_of(name, getattr(self, name), get_args(choices))
         for name in ("num_frames", "tubelet_size", "encoder_layers", "num_classes"):
@@ -138,6 +148,9 @@ class VideoConfig:
 
         object.__setattr__(self, "quirks", quirk_names(self.quirks))
         check_quirks(self)
+        if self.causal:
+            check_causal(self)
+        object.__setattr__(self, "grafts", graft_options(self.grafts))
         if self.time_embed == "per_patch" and self.attention not in ("divided_space_time", "joint_space_time"):
             raise ConfigError(
                 f"time_embed='per_patch' has no meaning with attention={self.attention!r}, whose patches have no time."
@@ -166,18 +179,7 @@ class VideoConfig:
 
     def layers(self, depth: int) -> list[int]:
         """Numbers of the blocks, of ``depth``, that attend along time."""
-        layers = self.temporal_layers
-        if layers == "all":
-            return list(range(depth))
-        if isinstance(layers, str):
-            rule, number = layers.split(":")
-            if int(number) > depth:
-                raise ConfigError(f"temporal_layers={layers!r}, but the backbone has {depth} blocks.")
-            blocks = list(range(depth))
-            return blocks[int(number) - 1 :: int(number)] if rule == "every" else blocks[-int(number) :]
-        if not all(0 <= i < depth for i in layers):
-            raise ConfigError(f"temporal_layers={list(layers)}: expected block numbers from 0 to {depth - 1}.")
-        return sorted(set(layers))
+        return block_numbers(self.temporal_layers, depth)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON and YAML have it, with lists for tuples."""
@@ -213,16 +215,55 @@ def whole_number(name: str, value: object, least: int = 1, most: int | None = No
     return int(value)
 
 
-def layer_rule(layers: object) -> str | tuple[int, ...]:
+def layer_rule(layers: object, name: str = "temporal_layers") -> str | tuple[int, ...]:
     """``temporal_layers`` as it is kept: a rule in words, or block numbers."""
     if isinstance(layers, str) and re.fullmatch(r"all|(every|last):[1-9]\d{0,5}", layers):
         return layers
     if isinstance(layers, (tuple, list)) and layers:
-        return tuple(whole_number("each of temporal_layers", number, least=0) for number in layers)
+        return tuple(whole_number(f"each of {name}", number, least=0) for number in layers)
     raise ConfigError(
-        f"temporal_layers={shown(layers)}: expected 'all', 'every:K', 'last:N' or a list of block numbers, such as "
-        "[0, 5, 11]."
+        f"{name}={shown(layers)}: expected 'all', 'every:K', 'last:N' or a list of block numbers, such as [0, 5, 11]."
     )
+
+
+def block_numbers(layers: str | tuple[int, ...], depth: int, name: str = "temporal_layers") -> list[int]:
+    """The blocks, of ``depth``, that a rule means.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if layers == "all":
+        return list(range(depth))
+    if isinstance(layers, str):
+        rule, number = layers.split(":")
+        if int(number) > depth:
+            raise ConfigError(f"{name}={layers!r}, but the backbone has {depth} blocks.")
+        blocks = list(range(depth))
+        return blocks[int(number) - 1 :: int(number)] if rule == "every" else blocks[-int(number) :]
+    if not all(0 <= i < depth for i in layers):
+        raise ConfigError(f"{name}={list(layers)}: expected block numbers from 0 to {depth - 1}.")
+    return sorted(set(layers))
+
+
+def graft_options(grafts: object) -> tuple[dict[str, Any], ...]:
+    """Each as JSON has it, so that equal models have equal descriptions; ``img2vid.grafts`` knows what they mean."""
+    if not isinstance(grafts, (tuple, list)):
+        raise ConfigError(f"grafts={shown(grafts)}: expected a list, such as [{{'type': 'lora', 'rank': 8}}].")
+    listed = []
+    for one in grafts:
+        one = {"type": one} if isinstance(one, str) else one.to_dict() if hasattr(one, "to_dict") else one
+        if not isinstance(one, Mapping) or not isinstance(one.get("type"), str):
+            raise ConfigError(f"grafts: {shown(one)}: expected options by name, such as {{'type': 'lora', 'rank': 8}}.")
+        listed.append({str(key): list(value) if isinstance(value, tuple) else value for key, value in one.items()})
+    return tuple(listed)
+
+
+def real_number(name: str, value: object, least: float, below: float = float("inf")) -> float:
+    """``value`` as a float of at least ``least``."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not least <= float(value) < below:
+        most = "" if below == float("inf") else f" and below {below:g}"
+        raise ConfigError(f"{name}={shown(value)}: expected a number of at least {least:g}{most}.")
+    return float(value)
 
 
 def quirk_names(quirks: object) -> tuple[str, ...]:
@@ -250,6 +291,28 @@ def check_quirks(config: VideoConfig) -> None:
         raise ConfigError("quirk 'mean_before_norm' would leave the factorised_encoder one and the same frame T times.")
     if "time_before_norm_pre" in quirks and not config.has_time_embed:
         raise ConfigError("quirk 'time_before_norm_pre' is about time_embed, which this model does not have.")
+
+
+def check_causal(config: VideoConfig) -> None:
+    """Refuse what would let a frame know later ones."""
+    if config.attention not in ("divided_space_time", "factorised_encoder"):
+        why = "sees all frames at once" if config.attention == "joint_space_time" else "has no attention along time"
+        raise ConfigError(
+            f"causal=True is about attention along time, of divided_space_time or factorised_encoder; "
+            f"attention={config.attention!r} {why}."
+        )
+    if config.prefix_mode != "per_frame":
+        raise ConfigError(
+            f"causal=True with prefix_mode={config.prefix_mode!r}: a class token that belongs to the whole clip brings "
+            "what later frames show into earlier ones. Use prefix_mode='per_frame'."
+        )
+    if config.time_embed_resample not in ("hold", "crop_or_pad"):
+        raise ConfigError(
+            f"causal=True with time_embed_resample={config.time_embed_resample!r}: which embedding a frame gets would "
+            "depend on how many follow. Use 'hold' (the default there) or 'crop_or_pad'."
+        )
+    if "mean_before_norm" in config.quirks:
+        raise ConfigError("causal=True: quirk 'mean_before_norm' gives every frame the mean of all, later ones too.")
 
 
 def image_size_pair(size: object, name: str = "image_size") -> tuple[int, int]:

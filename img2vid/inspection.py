@@ -106,7 +106,7 @@ def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> 
     return Inspection(
         name=name,
         model_class=type(model).__name__,
-        tower_class=type(video.base).__name__,
+        tower_class=own_class(video.base).__name__,
         image_size=tower.image_size,
         patch_size=tower.patch_size,
         any_size=tower.any_size,
@@ -114,13 +114,13 @@ def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> 
         num_prefix_tokens=tower.num_prefix_tokens,
         depth=len(tower.blocks),
         block_class=own_class(block).__name__,
-        attention_class="inside the block" if attention is block else type(attention).__name__,
+        attention_class="inside the block" if attention is block else own_class(attention).__name__,
         num_heads=spatial.num_heads,
         width=spatial.dim,
         feature_dim=feature_dim,
         left_behind=spatial.left_behind + (("rotary position code",) if "rotary" in tower.position else ()),
         parameters=parameters,
-        mode=f"{config.attention} / {config.prefix_mode}",
+        mode=f"{config.attention} / {config.prefix_mode}{' / causal' if config.causal else ''}",
         num_frames=config.num_frames,
         flops_per_clip=flops,
         flops_image_model=image_flops,
@@ -148,7 +148,7 @@ def promise(tower: ImageTower, config: VideoConfig, attention: str, prefix_mode:
         config.prefix_mode,
     ):  # peculiarities are of one mode
         own_time = "zeros" if config.time_embed == "per_patch" else config.time_embed
-        config = replace(config, quirks=(), time_embed=own_time)
+        config = replace(config, quirks=(), time_embed=own_time, causal=False, time_embed_resample=None)
     if attention != "divided_space_time":  # what belongs to divided attention alone is left out elsewhere
         config = replace(config, **{name: getattr(VideoConfig, name) for name in DIVIDED_ONLY}, prefix_mode="per_frame")
     elif config.attention != attention:

@@ -22,10 +22,12 @@ GROUPS = {
         "temporal_layers",
         "temporal_init",
         "gate",
+        "causal",
         "encoder_layers",
         "tubelet_size",
         "tubelet_init",
         "quirks",
+        "grafts",
     ),
     "embedding": ("time_embed", "time_embed_resample"),
     "output": ("num_classes",),
@@ -46,9 +48,16 @@ def add_settings(groups: dict[str, argparse._ArgumentGroup]) -> None:
     fields = {spec.name: spec for spec in dataclasses.fields(VideoConfig)}
     for title, names in GROUPS.items():
         for name in names:
+            if name == "grafts":
+                add_graft_option(groups[title])
+                continue
             parse, metavar, example = FORMS.get(name, (whole, "N", ""))
             choices = get_args(CHOICES[name]) if name in CHOICES else None
             default = fields[name].default
+            if default is False:
+                about = described.get(name, "").replace("%", "%%")
+                groups[title].add_argument("--" + name, action="store_true", default=argparse.SUPPRESS, help=about)
+                continue
             groups[title].add_argument(
                 "--" + name.replace("_", "-"),
                 type=str if choices else parse,
@@ -58,6 +67,42 @@ def add_settings(groups: dict[str, argparse._ArgumentGroup]) -> None:
                 help=f"{described.get(name, '')}{f'; {example}' if example else ''} "
                 f"(default: {'none' if default in (None, (), dataclasses.MISSING) else default})".replace("%", "%%"),
             )
+
+
+def add_graft_option(group: argparse._ActionsContainer, required: bool = False) -> None:
+    """``--graft TYPE [OPTION=VALUE ...]``, as often as there are grafts; together they are ``grafts``."""
+    group.add_argument(
+        "--graft",
+        dest="grafts",
+        action=AppendGraft,
+        nargs="+",
+        metavar=("TYPE", "OPTION=VALUE"),
+        required=required,
+        default=argparse.SUPPRESS,
+        help="what else to insert, by its type, such as --graft lora rank=8 targets=[attn,mlp]; as often as wanted "
+        "(docs/grafts.md lists the types)",
+    )
+
+
+class AppendGraft(argparse.Action):
+    """``lora rank=8`` -> {"type": "lora", "rank": 8}, appended; values are YAML."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        import yaml
+
+        kind, *options = values
+        described = {"type": kind}
+        for option in options:
+            name, equals, value = option.partition("=")
+            if not equals or not name:
+                raise argparse.ArgumentError(self, f"{shown(option)}: expected OPTION=VALUE, such as rank=8")
+            try:
+                described[name] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise argparse.ArgumentError(self, f"{shown(option)}: {shown(value)} is not a value in YAML") from error
+        namespace.grafts = [*getattr(namespace, "grafts", []), described]
 
 
 def descriptions() -> dict[str, str]:

@@ -8,11 +8,17 @@ from collections.abc import Iterable
 from img2vid.config import VideoConfig
 
 COPIED_KEYS = r"(.*\.)?temporal_(norm1|attn)\..*"
-# graft_* are branches of a user's own, and graft_fc their gates
+# graft_* are what img2vid.grafts puts in, and branches of a user's own; their gates are called graft_fc, or zero_*
 NEW_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*|time_embed|tubelet_weight|graft_\w+(\..*)?)"
 CLASSIFIER_KEYS = r"classifier\..*"  # with num_classes; else an image model's own may be called that
 # of the new ones, those that start at zero and keep the function while they stay there
-ZERO_KEYS = r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight|graft_fc\..*)"
+ZERO_KEYS = (
+    r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight|graft_fc\..*"
+    r"|graft_\w+\.(.*\.)?zero_\w+(\..*)?)"
+)
+GRAFT = r"((?:.*\.)?graft_(?!fc\b)\w+)\..*"  # what a graft has put in one place, by its path
+
+GRAFTED_COPIES = r"(.*\.)?graft_\w+\.copy\..*"  # of whole image blocks
 
 
 def new_keys(config: VideoConfig) -> list[str]:
@@ -22,6 +28,8 @@ def new_keys(config: VideoConfig) -> list[str]:
 
 def origin_of(name: str, config: VideoConfig) -> str:
     """Where a parameter comes from: ``pretrained`` (the image model), ``copied`` from it, or ``new``."""
+    if re.fullmatch(GRAFTED_COPIES, name):
+        return "copied"
     if any(re.fullmatch(pattern, name) for pattern in new_keys(config)):
         return "new"
     if re.fullmatch(COPIED_KEYS, name):
@@ -35,3 +43,9 @@ def zero_names(names: Iterable[str], config: VideoConfig) -> list[str]:
     if config.tubelet_init == "average":  # starts as copies of the image weights instead
         zero = [name for name in zero if not name.endswith("tubelet_weight")]
     return zero
+
+
+def scion_of(name: str) -> str | None:
+    """The path of what a graft has put in one place, for a parameter of it."""
+    found = re.fullmatch(GRAFT, name)
+    return found[1] if found else None

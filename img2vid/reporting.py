@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from img2vid.inspection import Inspection
     from img2vid.model import VideoModel, VideoTextModel
     from img2vid.proof.evidence import Comparison
+    from img2vid.proof.liveness import Liveness
     from img2vid.tuning import LayerGroup
 
 ORIGINS = {
@@ -96,6 +97,8 @@ def weights_text(certificate: Certificate) -> str:
 
 def exchange_text(certificate: Certificate) -> str:
     moved = f"a frame's feature moves by {certificate.exchange:.3g} when only the other frames change"
+    if certificate.later is not None:
+        moved = f"{moved}, by {certificate.later:.3g} when only later ones do (causal)"
     if certificate.leak != 0.0:
         return f"{moved}, but by {certificate.leak:.3g} too when only other clips of the batch change"
     strays = [layer.layer for layer in certificate.liveness if layer.stray not in (None, 0.0)]
@@ -116,19 +119,37 @@ def exchange_text(certificate: Certificate) -> str:
 
 
 def liveness_text(certificate: Certificate) -> str:
-    layers = [layer for layer in certificate.liveness if layer.attention is not None]
     parts = []
-    if layers:
-        gates = [layer.gate[0] for layer in layers if layer.gate is not None]
-        attention = [layer.attention[1] for layer in layers]
-        by_gate = f"gates at step 1: |grad| {min(gates):.2g} to {max(gates):.2g}; " if gates else "no gates; "
+    of_time = [x for x in certificate.liveness if x.graft is None and x.attention is not None]
+    if of_time:
+        parts.append(learning_text(of_time, "layers", "attention"))
+    for name in dict.fromkeys(x.graft for x in certificate.liveness if x.graft is not None):
         parts.append(
-            f"{sum(layer.alive for layer in layers)} of {len(layers)} layers learn: {by_gate}"
-            f"attention at step 2: {min(attention):.2g} to {max(attention):.2g}"
+            learning_text([x for x in certificate.liveness if x.graft == name], f"places of {name}", "the rest")
         )
-    parts += [f"{layer.layer}: {layer.gate[0]:.2g}" for layer in certificate.liveness if layer.attention is None]
+    parts += [
+        f"{layer.layer}: {layer.gate[0]:.2g}"
+        for layer in certificate.liveness
+        if layer.graft is None and layer.attention is None
+    ]
     text = "; ".join(parts)
     return text if certificate.alive or certificate.expected_alive else text + " (expected: temporal_init=zeros)"
+
+
+def learning_text(layers: list[Liveness], what: str, behind: str) -> str:
+    """How many of some layers learn, and the range of gradient norms at the step at which each may first arrive."""
+    gates = [layer.gate[layer.depth] for layer in layers if layer.gate is not None]
+    rest = [layer.attention[layer.first_behind] for layer in layers if layer.attention is not None]
+    steps = {"gate": {x.depth + 1 for x in layers}, "rest": {x.first_behind + 1 for x in layers if x.attention}}
+    by_gate = (
+        f"gates at step {span(steps['gate'])}: |grad| {min(gates):.2g} to {max(gates):.2g}" if gates else "no gates"
+    )
+    by_rest = f"; {behind} at step {span(steps['rest'])}: {min(rest):.2g} to {max(rest):.2g}" if rest else ""
+    return f"{sum(layer.alive for layer in layers)} of {len(layers)} {what} learn: {by_gate}{by_rest}"
+
+
+def span(steps: set[int]) -> str:
+    return "/".join(map(str, sorted(steps)))
 
 
 def parameter_table(model: VideoModel | VideoTextModel) -> Table:
@@ -211,6 +232,17 @@ def print_aliases() -> None:
         "Also timm:NAME[.TAG] and open_clip:ARCH[/TAG], docs/backbones.md; hf:NAME or FOLDER, docs/transformers.md.",
         markup=False,
     )
+
+
+def print_grafts() -> None:
+    from img2vid.grafts import GRAFTS
+
+    table = Table(title="Grafts", title_justify="left", title_style="bold", show_lines=True)
+    for header in ("type", "where", "what is new", "gate", "at start", "folds away"):
+        table.add_column(header)
+    for kind, cls in GRAFTS.items():
+        table.add_row(*map(Text, (kind, cls.where, cls.new, cls.gate, cls.identity, cls.folds)))
+    Console().print(table)
 
 
 def render_inspection(facts: Inspection) -> str:

@@ -32,6 +32,14 @@ def small_vit(**kwargs) -> nn.Module:
     return randomize(timm.models.vision_transformer.VisionTransformer(**{**shape, **kwargs})).eval()
 
 
+def small_eva(**kwargs) -> nn.Module:
+    """An EVA-02 of 3 blocks with rotary positions, whose attention reads the weight of ``qkv`` and never calls it."""
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 0}
+    design = {"use_rot_pos_emb": True, "swiglu_mlp": True, "scale_mlp": True, "mlp_ratio": 8 / 3}
+    return randomize(timm.models.eva.Eva(**{**shape, **design, **kwargs})).eval()
+
+
 def small_clip(**kwargs) -> nn.Module:
     """An open_clip CLIP of 3 + 2 blocks on 32 x 32 images."""
     import open_clip

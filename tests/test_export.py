@@ -47,6 +47,7 @@ def onnx_run(path):
         {},
         {"prefix_mode": "shared"},
         {"prefix_mode": "global"},
+        {"causal": True},
         pytest.param(JOINT, marks=pytest.mark.slow),
         pytest.param({"attention": "factorised_encoder"}, marks=pytest.mark.slow),
     ],
@@ -61,7 +62,7 @@ def test_onnx(settings, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["torch-export", "torchscript"])
-@pytest.mark.parametrize("settings", [{}, {"prefix_mode": "global"}, {"num_frames": 3}, JOINT], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"prefix_mode": "global"}, {"causal": True, "num_frames": 3}, JOINT], ids=str)
 def test_programs_of_torch(format, settings, tmp_path):
     model, path = make(**settings), tmp_path / "model.pt2"
     export_program(model, path, format)

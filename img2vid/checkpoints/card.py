@@ -165,6 +165,8 @@ def step_zero(video: VideoModel, moved: list[bool]) -> str:
         text += f" The patch projection is the image model's divided by {config.tubelet_size}, once for each frame."
     if config.attention == "divided_space_time":
         text += f" {BRANCHES[config.gate]}, {ATTENTIONS[config.temporal_init]}."
+    if config.causal:
+        text += " A frame sees itself and earlier frames only, so frames can be shown one at a time: model.stream()."
     if config.num_classes is not None:
         text += " The classifier on top of it started at zero."
     if any(moved):

@@ -36,6 +36,7 @@ DECISIVE = (
     "prefix_mode",
     "temporal_layers",
     "gate",
+    "causal",
     "time_embed",
     "num_frames",
     "tubelet_size",

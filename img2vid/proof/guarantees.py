@@ -8,6 +8,8 @@ from img2vid.config import VideoConfig
 
 KINDS = ("single", "static", "moving", "shuffled")  # of clips: one frame; one repeated; different ones; those shuffled
 
+BITWISE = ("bitwise", "bitwise")
+
 
 @dataclass(frozen=True)
 class Guarantee:
@@ -15,10 +17,33 @@ class Guarantee:
 
     summary: str
     strength: dict[str, str] = field(default_factory=dict)  # kind of clip: "bitwise" | "close"
+    part: str = ""  # of the features, where it is not about all of them
+
+    def beside(self, other: Guarantee) -> Guarantee:
+        """What is left of both together: of each kind of clip the weaker promise."""
+        both = {kind: strength for kind, strength in self.strength.items() if kind in other.strength}
+        both = {kind: "bitwise" if (self.strength[kind], other.strength[kind]) == BITWISE else "close" for kind in both}
+        summary, part = self.summary if both == self.strength else other.summary, self.part or other.part
+        return Guarantee(f"{summary}, {other.part}" if other.part and both else summary, both, part)
 
     @classmethod
     def of(cls, config: VideoConfig, num_prefix_tokens: int, at_own_size: bool = True) -> Guarantee:
-        """What ``config`` promises on a backbone with that many prefix tokens inside its blocks.
+        """What ``config`` promises on a backbone with that many prefix tokens inside its blocks, grafts included.
+
+        Args:
+            at_own_size: whether clips are of the size (height, width) that the backbone was built for.
+        """
+        promise = cls.of_time(config, num_prefix_tokens, at_own_size)
+        if config.grafts:
+            from img2vid.grafts import read_grafts
+
+            for graft in read_grafts(config.grafts):
+                promise = promise.beside(graft.guarantee())
+        return promise
+
+    @classmethod
+    def of_time(cls, config: VideoConfig, num_prefix_tokens: int, at_own_size: bool = True) -> Guarantee:
+        """What is promised by how ``config`` inserts time.
 
         Args:
             at_own_size: whether clips are of the size (height, width) that the backbone was built for.

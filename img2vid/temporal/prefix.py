@@ -112,6 +112,10 @@ class AttendToAllFrames:
         q, k, v = rearrange(steps.qkv(x), "b s (qkv h d) -> qkv b h s d", qkv=3, h=steps.num_heads)
         q, k = steps.q_norm(q[:, :, :num_prefix]), steps.k_norm(k)  # (B, H, P, head_dim), (B, H, P + T*N, head_dim)
         prefix = F.scaled_dot_product_attention(q, k, v, scale=steps.scale, dropout_p=steps.drop)
-        prefix = repeat(steps.out(rearrange(prefix, "b h p d -> b p (h d)")), "b p d -> (b t) p d", t=num_frames)
+        prefix = steps.out(rearrange(prefix, "b h p d -> b p (h d)"))
+        followed: Callable[[Tensor, Tensor], Tensor] | None = getattr(module, "followed", None)
+        if followed is not None:  # what grafts add behind an attention
+            prefix = followed(prefix, x[:, :num_prefix])
+        prefix = repeat(prefix, "b p d -> (b t) p d", t=num_frames)
         tokens = output[0] if isinstance(output, tuple) else output  # (B*T, P + N, D)
         return with_first(output, torch.cat([prefix, tokens[:, num_prefix:]], dim=1))

@@ -14,9 +14,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from img2vid.temporal.attention import attend
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.infront import InFront, put_in_front
+from img2vid.temporal.kernels import attend
 
 
 class PrefixInTime(InFront):
@@ -92,6 +92,8 @@ class SeenBySpaceOnly:
             self.residual = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.residual is None:  # called for another purpose than attention over space (a graft's)
+            return args
         return (args[0] + self.residual, *args[1:])
 
 

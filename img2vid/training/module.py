@@ -104,7 +104,8 @@ class VideoTraining(pl.LightningModule):
         pixels, (height, width) = self.tower.preprocess, self.model.config.image_size or self.tower.image_size
         if height != width:
             raise ConfigError(f"image_size {height} x {width}: training data is cut to squares; give equal sides.")
-        return InputSpec(height, tuple(pixels.mean), tuple(pixels.std), pixels.interpolation)
+        # videos are RGB; what a model takes beyond that (the graft channels) is for a data module of one's own to add
+        return InputSpec(height, tuple(pixels.mean[:3]), tuple(pixels.std[:3]), pixels.interpolation)
 
     # ---- before the first step
 

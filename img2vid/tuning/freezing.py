@@ -10,9 +10,10 @@ from torch import nn
 
 from img2vid.errors import nearest
 from img2vid.model import VideoModel, VideoTextModel
+from img2vid.origins import scion_of
 from img2vid.tuning.groups import LayerGroup, TuningError, image_tower_of, layer_groups
 
-POLICIES = ("none", "temporal_only", "image", "text", "first:N")
+POLICIES = ("none", "temporal_only", "grafts_only", "image", "text", "first:N")
 
 
 def freeze(model: VideoModel | VideoTextModel, policy: str | Iterable[str]) -> list[str]:
@@ -23,12 +24,14 @@ def freeze(model: VideoModel | VideoTextModel, policy: str | Iterable[str]) -> l
 
             ``none``           nothing
             ``temporal_only``  every pretrained parameter of both towers, so that only what is copied or new learns
+            ``grafts_only``    all but what ``img2vid.grafts`` has put in, and a classifier of ours
             ``image``          pretrained parameters of the image tower
             ``text``           the text tower
             ``first:N``        pretrained parameters of the image embeddings and the first N blocks
             anything else      a regular expression, matched against whole parameter names
 
-    Named policies freeze pretrained parameters only: a frozen gate is a branch that costs and never acts.
+    Other named policies freeze pretrained parameters only: a frozen gate is a branch that costs and never acts, unless
+    grafts are all that is to learn.
 
     Returns:
         Names of all parameters the policy covers.
@@ -66,6 +69,8 @@ def meant_by(policy: str, groups: list[LayerGroup]) -> set[str]:
         return set()
     if policy == "temporal_only":
         return names_of(group for group in groups if group.origin == "pretrained")
+    if policy == "grafts_only":
+        return all_but_grafts(groups)
     if policy in ("image", "text"):
         found = names_of(group for group in groups if group.tower == policy and group.origin == "pretrained")
         if not found:
@@ -85,6 +90,25 @@ def meant_by(policy: str, groups: list[LayerGroup]) -> set[str]:
             f"{nearest(policy, POLICIES)} Policies: {', '.join(POLICIES)}; a name: {next(iter(names_of(groups)))}."
         )
     return found
+
+
+def all_but_grafts(groups: list[LayerGroup]) -> set[str]:
+    names = names_of(groups)
+    kept = {name for name in names if scion_of(name) is not None}
+    if not kept:
+        raise TuningError(
+            "freeze_policy='grafts_only', but this model has no grafts: give it some, grafts=[{'type': 'lora'}]."
+        )
+    parameters = {name: p for group in groups for name, p in group.parameters.items()}
+    for name in kept:  # two zeros in a row, one of them frozen: nothing would ever reach what is behind
+        gate = f"{name.rpartition('.temporal_attn.')[0]}.temporal_fc."
+        shut = [p for other, p in parameters.items() if other.startswith(gate)] if ".temporal_attn." in name else []
+        if shut and not any(p.is_meta or bool(p.detach().any()) for p in shut):
+            raise TuningError(
+                f"freeze_policy='grafts_only' would freeze {gate}* at zero, and {name} stands behind it: it would "
+                "never learn. Use temporal_only, or graft attention over space and MLPs only."
+            )
+    return names - kept - names_of(group for group in groups if group.name == "classifier")
 
 
 def first_layers(policy: str, groups: list[LayerGroup]) -> set[str]:
