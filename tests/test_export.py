@@ -238,8 +238,9 @@ def test_on_the_command_line_and_on_a_video(tmp_path, motion_set, capsys):
     assert "dtype: bfloat16" in said.out and "Warning" not in said.err
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch-export", "torchscript"])
-@pytest.mark.parametrize("quirks", [(), ("nearest_positions",)])
+@pytest.mark.parametrize(
+    ("format", "quirks"), [("onnx", ()), ("torch-export", ("nearest_positions",)), ("torchscript", ())]
+)
 def test_another_size_than_the_models_own(quirks, format, tmp_path):
     """Positions are resampled inside the program, by the model's own rule, and batch and frames stay open."""
     model = make(quirks=quirks, prefix_mode="shared")
