@@ -70,6 +70,9 @@ def test_the_page_needs_nothing_beside_it(told):
     assert {path.stem for path in folder.glob("*.png")} == PICTURES
     for when in ("before", "after"):
         assert f"{100 * facts[when]['digits']['value']:.1f} [" in page
+    assert "This is a short run, 4 steps on 24 videos" in page and "None" not in re.sub(
+        r"<pre>.*?</pre>", "", page, flags=re.S
+    )
     assert "Result      OK" in page  # the certificate
 
 
