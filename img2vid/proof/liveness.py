@@ -145,7 +145,7 @@ def measure_liveness(
             for path, (gate, _) in layers.items()
         ),
         *(
-            Liveness(path, least(gate), least(others), graft=path.rpartition("graft_")[2], depth=depths[path])
+            Liveness(path, least(gate), least(others), graft=graft_name(path), depth=depths[path])
             for path, (gate, others) in scions.items()
         ),
         *(Liveness(name, norms([parameter])) for name, parameter in alone.items()),
@@ -256,7 +256,11 @@ def planted(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], list[nn.Pa
             found.setdefault(path, ([], []))[0 if id(parameter) in zero else 1].append(parameter)
     # a branch of a user's own may keep its gate beside it (graft_fc): then this is no place of its own
     names = {graft.name for graft in video.grafts}
-    return {path: parts for path, parts in found.items() if path.rpartition("graft_")[2] in names}
+    return {path: parts for path, parts in found.items() if graft_name(path) in names}
+
+
+def graft_name(path: str) -> str:
+    return f".{path}".rpartition(".graft_")[2]
 
 
 def depth_of(video: VideoModel, path: str) -> int:

@@ -64,7 +64,8 @@ def copies_in_use(video: VideoModel) -> bool:
             return True
         if not gate:
             copy = TemporalAttention.from_spatial(read_block(block), "copy").state_dict()
-            if any(not torch.equal(copy[key], tensor) for key, tensor in block.temporal_attn.state_dict().items()):
+            now = block.temporal_attn.state_dict()
+            if any(not torch.equal(now[key], tensor) for key, tensor in copy.items()):
                 return True
     return False
 
@@ -74,7 +75,8 @@ def copy_again(video: VideoModel) -> None:
     for block in temporal_blocks(video):
         spatial = read_block(block)
         block.temporal_norm1.load_state_dict(spatial.norm.state_dict())
-        block.temporal_attn.load_state_dict(TemporalAttention.from_spatial(spatial, "copy").state_dict())
+        copy = TemporalAttention.from_spatial(spatial, "copy").state_dict()
+        block.temporal_attn.load_state_dict({**block.temporal_attn.state_dict(), **copy})  # grafts in it stay
 
 
 def divide_among_frames(model: nn.Module, video: VideoModel, state: dict[str, Tensor]) -> None:
