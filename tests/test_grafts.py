@@ -286,9 +286,10 @@ def test_half_precision(spec):
 def test_other_image_weights_load_beside_it(spec):
     model = img2vid.convert(small_vit(), num_frames=4, grafts=[spec])
     other = randomize(small_vit(), seed=7)
-    before = {name: p.clone() for name, p in planted(model).items()}
+    # copies of blocks are made anew, as those of attention are
+    before = {name: p.clone() for name, p in planted(model).items() if model.origin(name) == "new"}
     model.load_image_weights(other.state_dict())
-    assert all(torch.equal(p, before[name]) for name, p in planted(model).items())
+    assert all(torch.equal(planted(model)[name], p) for name, p in before.items())
     if is_gated(spec):
         assert torch.equal(features(model), features(img2vid.convert(other, num_frames=4)))
 
