@@ -28,8 +28,8 @@ TIERS = [
     {"certificate", "checkpoints"},
     {"grafts"},  # which models and guarantees ask for where a configuration names some
     {"programs"},
-    {"inspection", "convert", "consolidate", "interpolation", "evaluation", "export", "captioning"},
-    {"estimate"},
+    {"inspection", "convert", "consolidate", "interpolation", "stitching", "evaluation", "export", "captioning"},
+    {"estimate", "merging"},
     {"training"},
     {"demo", "doctor"},
     {"commands"},
