@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from img2vid.grafts.base import Site
-from img2vid.temporal.infront import InFront, fronts_of, put_in_front, take_from_front
+from img2vid.temporal.infront import InFront, fronts_of, put_in_front, put_innermost, take_from_front
 from img2vid.temporal.pooling import first
 from img2vid.temporal.prefix import with_first
 
@@ -84,6 +84,7 @@ class GraftedLinear(InFront):
     attentions that read ``qkv.weight`` without ever calling ``qkv`` (EVA, BEiT, PyTorch's own) are not missed."""
 
     title = "Grafted"
+    serves = WeightScion
 
     @property
     def weight(self) -> Tensor:
@@ -100,6 +101,7 @@ class GraftedProjection(InFront):
     """In front of an attention whose input projection is a bare parameter (PyTorch's, open_clip's)."""
 
     title = "GraftedProjection"
+    serves = WeightScion
 
     @property
     def in_proj_weight(self) -> Tensor:
@@ -139,12 +141,12 @@ def scions(host: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[Any]:
 def put_on(site: Site, name: str, scion: nn.Module) -> None:
     site.host.add_module(PREFIX + name, scion)
     if site.front not in fronts_of(site.host):
-        put_in_front(site.host, site.front)
+        put = put_innermost if getattr(site.front, "innermost", False) else put_in_front
+        put(site.host, site.front)
 
 
 def take_off(site: Site, name: str) -> None:
     """Undo ``put_on``; with its last scion, a front goes too."""
     delattr(site.host, PREFIX + name)
-    kind = WeightScion if site.front in WEIGHT_NAMES else TokenScion
-    if not any(scions(site.host, kind)):
+    if not any(scions(site.host, getattr(site.front, "serves", TokenScion))):
         take_from_front(site.host, site.front)

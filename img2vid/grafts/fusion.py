@@ -92,6 +92,7 @@ class WithOthers(InFront):
     """In front of a video model: its features of each step, joined with those of other towers."""
 
     title = ""  # it is still saved and loaded as what it is
+    serves = OtherTowers
 
     def frame_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
         features = super().frame_features(clips)
@@ -112,6 +113,7 @@ class WithColumns(InFront):
     """In front of a classifier: its own columns for the features it knows, further ones for the rest."""
 
     title = "Widened"
+    serves = FurtherColumns
 
     def forward(self, x: Tensor) -> Tensor:
         known, *new = x.split([self.in_features, *(s.zero_columns.shape[1] for s in scions(self))], dim=-1)
