@@ -136,6 +136,11 @@ def test_routers_learn_to_spread_tokens(checkpointed):
     objective.setup(Surroundings(model, class_names=("a", "b", "c")))
     batch = {"clip": clips(), "label": torch.tensor([0, 1])}
     routers = [p for name, p in model.named_parameters() if "router" in name]
+    with torch.no_grad():
+        for _, block in model.tower.blocks:  # tokens have something in common, and routers a favourite for that
+            block.norm2.bias.add_(1.0)
+        for p in routers:
+            p[0] += 0.05
     optimizer, losses = torch.optim.Adam(routers, lr=3e-2), []
     for _ in range(15):
         found = objective(Step(model, batch))
@@ -144,7 +149,7 @@ def test_routers_learn_to_spread_tokens(checkpointed):
         found["balance_loss"].backward()
         assert all(p.grad.abs().sum() > 0 for p in routers)
         optimizer.step()
-    assert 0.99 < losses[-1] < losses[0]
+    assert losses[0] > 1.2 and losses[-1] < 1 + 0.6 * (losses[0] - 1)
     copy.deepcopy(model)  # what was noted of the last step stays behind
 
 

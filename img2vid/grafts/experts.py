@@ -2,9 +2,9 @@
 token to the k that suit it.
 
 Each expert is kept as its difference from the MLP it began as, which starts at zero: so all experts start as copies,
-and closing the gate makes them copies again. While the MLP itself is frozen (``freeze: grafts_only``), training differences
-is training E separate copies. The router's k weights are divided by their sum, and the other k - 1 outputs are added as
-differences from the first: of equal outputs the sum is that output, to the bit, whatever the router says.
+and closing the gate makes them copies again. While the MLP itself is frozen (``freeze: grafts_only``), training
+differences is training E separate copies. The router's k weights are divided by their sum, and the other k - 1 outputs
+are added as differences from the first: of equal outputs the sum is that output, to the bit, whatever the router says.
 
 What is left to rounding is the multiplication. ``compute: sparse`` shows an expert its own tokens only, and a product
 with other rows beside it may round otherwise: kept up to rounding. ``dense`` shows all tokens to all experts, in the
