@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from img2vid.errors import Img2VidError
 from img2vid.temporal.pooling import first
 
 NOTHING_KEPT = "none: a stitched model is none of the models it is made of"
+MOST_TOKENS = 10_000  # to compare all layers of two models by
 
 
 class StitchError(Img2VidError):
@@ -149,11 +150,29 @@ def tokens_at(
         images: (n, C, H, W) from 0 to 1, resized and normalised as the tower wants them.
         before_bridge: where the block in front has a bridge, what goes into it.
     """
-    seen: list[Tensor] = []
-    with torch.no_grad(), listening(tower, number, before_bridge, seen.append):
+    return tokens_of(tower, [number], images, batch_size, before_bridge)[number]
+
+
+@torch.no_grad()
+def tokens_of(
+    tower: ImageTower,
+    numbers: Sequence[int],
+    images: Tensor,
+    batch_size: int = 16,
+    before_bridge: bool = False,
+    stride: int = 1,
+) -> dict[int, Tensor]:
+    """As ``tokens_at``, in front of several blocks at once, and of each image every ``stride``-th token."""
+    seen: dict[int, list[Tensor]] = {number: [] for number in numbers}
+    with ExitStack() as hooks:
+        for number in seen:
+            hooks.enter_context(listening(tower, number, before_bridge, seen[number].append))
         for batch in images.split(batch_size):
             tower.call(tower.module, prepared(tower, batch))
-    return torch.cat([tokens.double().flatten(0, 1) for tokens in seen])
+    return {
+        number: torch.cat([tokens[:, ::stride].double().flatten(0, 1) for tokens in parts])
+        for number, parts in seen.items()
+    }
 
 
 @contextmanager
@@ -164,9 +183,9 @@ def listening(tower: ImageTower, number: int, before_bridge: bool, hear: Callabl
             lambda m, args, kwargs: hear(read(args, kwargs)), with_kwargs=True
         )
     elif before_bridge and hasattr(blocks[number - 1], "bridge"):
-        hook = blocks[number - 1].bridge.register_forward_pre_hook(lambda m, args: hear(args[0].detach()))
+        hook = blocks[number - 1].bridge.register_forward_pre_hook(lambda m, args: hear(args[0]))
     else:
-        hook = blocks[number - 1].register_forward_hook(lambda m, args, out: hear(first(out).detach()))
+        hook = blocks[number - 1].register_forward_hook(lambda m, args, out: hear(first(out)))
     try:
         yield
     finally:
@@ -174,7 +193,7 @@ def listening(tower: ImageTower, number: int, before_bridge: bool, hear: Callabl
 
 
 def read(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    return (args[0] if args else kwargs["hidden_states"]).detach()
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def prepared(tower: ImageTower, images: Tensor) -> Tensor:
@@ -221,10 +240,13 @@ def search(first_one: Backbone, second: Backbone, images: Tensor, depth: int | N
     ]
     if not pairs:
         raise StitchError(f"depth={depth}: models of {depths[0]} and {depths[1]} blocks give 2 to {sum(depths) - 2}.")
-    ours = {end: tokens_at(first_one.tower, end, images, batch_size) for end in {end for end, _ in pairs}}
-    theirs = {begin: tokens_at(second.tower, begin, images, batch_size) for begin in {begin for _, begin in pairs}}
-    if len(next(iter(ours.values()))) != len(next(iter(theirs.values()))):
+    grids = [(backbone.tower.grid, backbone.tower.num_prefix_tokens) for backbone in (first_one, second)]
+    if grids[0] != grids[1]:
         raise StitchError("These models cut images into different numbers of tokens, so no junction can be fitted.")
+    rows, columns = first_one.tower.grid
+    stride = -(-len(images) * rows * columns // MOST_TOKENS)
+    ours = tokens_of(first_one.tower, sorted({end for end, _ in pairs}), images, batch_size, stride=stride)
+    theirs = tokens_of(second.tower, sorted({begin for _, begin in pairs}), images, batch_size, stride=stride)
     found = [Candidate(end, begin, linear_cka(ours[end], theirs[begin])) for end, begin in pairs]
     return sorted(found, key=lambda one: -one.cka)
 
