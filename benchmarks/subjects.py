@@ -23,7 +23,12 @@ import img2vid.tuning
 from benchmarks.limit import VIT, Limit, Sizes
 
 BACKBONES = {"ViT-S/16": "vit_small_patch16_224", "ViT-B/16": "vit_base_patch16_224"}
-OURS = {"img2vid": {}, "img2vid shared": {"prefix_mode": "shared"}, "img2vid fused": {}}
+OURS = {
+    "img2vid": {},
+    "img2vid shared": {"prefix_mode": "shared"},
+    "img2vid fused": {},
+    "img2vid last 4": {"temporal_layers": "last:4"},
+}
 
 
 class Missing(Exception):
@@ -128,6 +133,7 @@ def inference(
 TRAINING = {
     "img2vid checkpointed": "img2vid",
     "img2vid temporal only": "img2vid",
+    "img2vid last 4 only": "img2vid last 4",
     "transformers checkpointed": "transformers",
 }
 
@@ -137,18 +143,21 @@ def training_step(
 ) -> Callable[[], object]:
     """Forward and backward of one clip, without the optimiser.
 
-    ``img2vid temporal only`` is the freeze policy of that name; the ``checkpointed`` ones run each block twice.
+    ``img2vid temporal only`` is the freeze policy of that name: what was pretrained is frozen. In ``last 4 only``,
+    besides, the last four blocks alone attend along time, so no gradient passes the eight below. The ``checkpointed``
+    ones run each block twice.
     """
     if name.startswith("limit"):
         frames = None if name == "limit image" else num_frames
         dtype = torch.bfloat16 if bf16 else torch.float32
-        return Limit(VIT[size], batch * num_frames, frames, train=True, dtype=dtype, device=device)
+        folded = name == "limit folded"
+        return Limit(VIT[size], batch * num_frames, frames, folded, train=True, dtype=dtype, device=device)
     model = build(TRAINING.get(name, name), size, num_frames, device).train()
     if name == "img2vid checkpointed":
         model.set_grad_checkpointing()
     if name == "transformers checkpointed":
         model.gradient_checkpointing_enable()
-    if name == "img2vid temporal only":
+    if name in ("img2vid temporal only", "img2vid last 4 only"):
         img2vid.tuning.freeze(model, "temporal_only")
     clips = torch.randn(batch, num_frames, 3, 224, 224, device=device)
 

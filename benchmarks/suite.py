@@ -18,19 +18,33 @@ from benchmarks.subjects import Missing, inference, training_step
 from benchmarks.timing import ratio, spread, take_turns
 
 Case = dict[str, Any]
-LENGTHS = (4, 8, 16, 32)
 INFERENCE = (
     *("img2vid", "img2vid shared", "img2vid fused", "transformers", "timesformer-pytorch", "image model"),
     *("limit", "limit folded", "limit image"),
 )
-TRAIN = ("img2vid", "img2vid checkpointed", "img2vid temporal only", "transformers", "image model", "limit")
-MAIN = ("img2vid", "img2vid fused", "transformers", "limit", "limit folded")  # of long clips
+TRAIN = (
+    "img2vid",
+    "img2vid checkpointed",
+    "img2vid temporal only",
+    "img2vid last 4 only",
+    "transformers",
+    "image model",
+)
+TRAIN += ("limit", "limit folded")
+MAIN = ("img2vid", "img2vid fused", "transformers", "limit", "limit folded")  # at other numbers of frames
+LONG = ("img2vid", "transformers", "limit")
 # (which, over which): what the aims are about
 PAIRS = (
-    *(("img2vid", "limit"), ("img2vid shared", "limit"), ("img2vid fused", "limit folded")),
+    *(
+        ("img2vid", "limit"),
+        ("img2vid shared", "limit"),
+        ("img2vid", "limit folded"),
+        ("img2vid fused", "limit folded"),
+    ),
     *(("img2vid", "transformers"), ("img2vid shared", "transformers"), ("img2vid fused", "transformers")),
     *(("img2vid", "timesformer-pytorch"), ("img2vid", "image model"), ("image model", "limit image")),
-    *(("img2vid checkpointed", "img2vid"), ("img2vid temporal only", "img2vid")),
+    *(("img2vid checkpointed", "img2vid"), ("img2vid checkpointed", "transformers")),
+    *(("img2vid temporal only", "img2vid"), ("img2vid last 4 only", "img2vid")),
     *(("transformers", "limit"), ("transformers checkpointed", "transformers")),
 )
 
@@ -88,13 +102,14 @@ def inference_of(plan: Plan, size: str, lengths: dict[int, tuple[tuple[str, ...]
 
 
 def small_inference(plan: Plan) -> Iterator[Case]:
-    yield from inference_of(plan, "ViT-S/16", {t: (INFERENCE, 3) for t in plan.lengths(*LENGTHS)})
+    main, *others = plan.lengths(8, 4, 16, 32)
+    yield from inference_of(plan, "ViT-S/16", {main: (INFERENCE, 3)} | {t: (MAIN, 2) for t in others})
 
 
 def base_inference(plan: Plan) -> Iterator[Case]:
     main, *others = plan.lengths(8, 4, 16, 32)
-    yield from inference_of(plan, plan.size("ViT-B/16"), {main: (INFERENCE, 5)})
-    yield from inference_of(plan, plan.size("ViT-B/16"), {t: (MAIN, 2 if t > 8 else 3) for t in others})
+    lengths = {main: (INFERENCE, 4)} | {t: (LONG if t > 8 else MAIN, 2) for t in others}
+    yield from inference_of(plan, plan.size("ViT-B/16"), lengths)
 
 
 def bf16(plan: Plan) -> Iterator[Case]:
@@ -104,7 +119,7 @@ def bf16(plan: Plan) -> Iterator[Case]:
     make = partial(inference, size=size, num_frames=num_frames, device=plan.device, batch=plan.batch)
     makers = {name: partial(make, name, dtype=torch.bfloat16) for name in names}
     makers["transformers float32"] = partial(make, "transformers")
-    case = compared(plan, {"size": size, "num_frames": num_frames, "precision": "bfloat16"}, makers, plan.rounds(5))
+    case = compared(plan, {"size": size, "num_frames": num_frames, "precision": "bfloat16"}, makers, plan.rounds(3))
     for name in ("img2vid", "img2vid fused"):
         of, to = case["seconds"].get("transformers float32"), case["seconds"].get(name)
         if of and to:
@@ -123,44 +138,51 @@ def training_of(
 
 def small_training(plan: Plan) -> Iterator[Case]:
     main, *others = plan.lengths(8, 4, 16, 32)
-    yield training_of(plan, "ViT-S/16", main, (*TRAIN, "img2vid shared", "timesformer-pytorch"), 3)
+    yield training_of(plan, "ViT-S/16", main, (*TRAIN, "img2vid shared", "timesformer-pytorch"), 2)
     for num_frames in others:
-        yield training_of(plan, "ViT-S/16", num_frames, ("img2vid", "transformers", "limit"), 2)
+        yield training_of(plan, "ViT-S/16", num_frames, LONG, 1)
 
 
 def base_training(plan: Plan) -> Iterator[Case]:
     size, num_frames = plan.size("ViT-B/16"), plan.lengths(8)[0]
-    yield training_of(plan, size, num_frames, (*TRAIN, "img2vid shared"), 3)
-    yield training_of(plan, size, num_frames, ("img2vid", "transformers", "limit"), 2, in_bf16=True)
+    yield training_of(plan, size, num_frames, (*TRAIN, "img2vid shared"), 2)
+    yield training_of(plan, size, num_frames, ("img2vid", "transformers", "limit", "limit folded"), 2, in_bf16=True)
 
 
-def training_memory(plan: Plan) -> Iterator[Case]:
-    size, num_frames = plan.size("ViT-B/16"), plan.lengths(8)[0]
-    names = ("img2vid", "img2vid shared", "img2vid checkpointed", "img2vid temporal only", "transformers")
-    names += ("transformers checkpointed", "image model")
+def memory_of(plan: Plan, size: str, num_frames: int, names: tuple[str, ...]) -> Case:
     mebibytes, left_out = {}, {}
-    for name in names[: 2 if plan.quick else None]:
+    for name in names:
         try:
             mebibytes[name] = round(memory.measure(name, size, num_frames, plan.device, plan.threads)["step"], 1)
         except (Missing, RuntimeError) as error:
             left_out[name] = str(error)
     once = {name: [value] for name, value in mebibytes.items()}
-    yield {
+    return {
         **{"size": size, "num_frames": num_frames, "precision": "float32", "mebibytes": mebibytes},
         "ratios": {f"{of} / {to}": found for of, to in PAIRS if (found := ratio(once, of, to))},
         "left_out": left_out,
     }
 
 
+def training_memory(plan: Plan) -> Iterator[Case]:
+    if plan.quick:
+        yield memory_of(plan, "ViT-S/16", 2, ("img2vid", "transformers"))
+        return
+    names = ("img2vid", "img2vid checkpointed", "img2vid temporal only", "img2vid last 4 only", "transformers")
+    yield memory_of(plan, "ViT-B/16", 8, names)
+    yield memory_of(plan, "ViT-S/16", 8, ("img2vid", "transformers"))
+    yield memory_of(plan, "ViT-B/16", 16, ("img2vid", "transformers"))
+
+
 def frame_count(plan: Plan) -> Iterator[Case]:
     """Four times as many frames: what that costs."""
     few, many = plan.lengths(8, 32)
     runs = {f"{t} frames": inference("img2vid", "ViT-S/16", t, plan.device, batch=plan.batch) for t in (few, many)}
-    seconds = take_turns(runs, plan.rounds(5), plan.device)
+    seconds = take_turns(runs, plan.rounds(3), plan.device)
     name = f"{many} frames / {few} frames"
     found = ratio(seconds, f"{many} frames", f"{few} frames")
     yield {
-        **{"size": "ViT-S/16", "num_frames": many, "precision": "float32", "rounds": plan.rounds(5)},
+        **{"size": "ViT-S/16", "num_frames": many, "precision": "float32", "rounds": plan.rounds(3)},
         **{"seconds": {key: spread(values) for key, values in seconds.items()}, "ratios": {name: found}},
     }
 

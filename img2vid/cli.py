@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple] = {
     "demo": ("img2vid.commands.demo", "see the whole idea: convert, prove, train on moving digits, evaluate, a page"),
     "convert": ("img2vid.convert", "turn an image transformer into a video transformer, with proof"),
     "graft": ("img2vid.commands.graft", "add LoRA, adapters and other insertions to a model, or fold them in"),
+    "grow": ("img2vid.commands.grow", "make a model deeper or wider; it stays the same function"),
     "inspect": ("img2vid.commands.inspect", "show what is inside a backbone or a saved model, and what is guaranteed"),
     "certify": ("img2vid.commands.certify", "compare a saved model with its image model again"),
     "import": (

@@ -28,14 +28,13 @@ from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError
 from img2vid.origins import COPIED_KEYS, new_keys, origin_of, zero_names
 from img2vid.overlay import Overlay
-from img2vid.streaming import Streaming
+from img2vid.running import Running
 from img2vid.surgery import insert_time, num_shared_tokens
 from img2vid.temporal.causal import make_causal
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import resample_time_embed, time_from, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
-from img2vid.temporal.fusing import Fusing
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
 from img2vid.temporal.pooling import first, mean_over_frames, over
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from img2vid.grafts import Graft
 
 
-class VideoModel(Overlay, Fusing, Streaming, Saving):
+class VideoModel(Overlay, Running, Saving):
     """An image tower that takes clips.
 
     It is laid over the image model (``img2vid.overlay``): ``self.base`` is that model, and both have the same
@@ -266,7 +265,7 @@ class VideoModel(Overlay, Fusing, Streaming, Saving):
                 take_from_front(block, CheckpointedBlock)
 
 
-class VideoTextModel(Overlay, Fusing, Streaming, Saving):
+class VideoTextModel(Overlay, Running, Saving):
     """A two-tower image-text model whose image tower takes clips; the text tower is untouched.
 
     Whatever the wrapped class does with images it does with clips, in its own conventions: what ``forward`` returns

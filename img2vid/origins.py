@@ -19,6 +19,8 @@ ZERO_KEYS = (
 OTHER_TOWER = r"(?:.*\.)?graft_\w+\.towers\.\d+\.(?!(?:.*\.)?(?:temporal_|time_embed|tubelet_weight)).*"
 GRAFT = r"((?:.*\.)?graft_(?!fc\b)\w+)\..*"  # what a graft has put in one place, by its path
 
+GRAFTED_COPIES = r"(.*\.)?graft_\w+\.copy\..*"  # of whole image blocks
+
 
 def new_keys(config: VideoConfig) -> list[str]:
     """Regular expressions of the keys of what has no counterpart in the image model."""
@@ -27,6 +29,8 @@ def new_keys(config: VideoConfig) -> list[str]:
 
 def origin_of(name: str, config: VideoConfig) -> str:
     """Where a parameter comes from: ``pretrained`` (the image model), ``copied`` from it, or ``new``."""
+    if re.fullmatch(GRAFTED_COPIES, name):
+        return "copied"
     if any(re.fullmatch(pattern, name) for pattern in new_keys(config)):
         return "new"
     if re.fullmatch(COPIED_KEYS, name):

@@ -85,6 +85,35 @@ def test_results_are_kept_resumed_and_shown(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob("*.new")) == []
 
 
+def test_aims_are_held_against_medians():
+    def case(**ratios):
+        where = {"size": "ViT-B/16", "num_frames": 8, "precision": "float32"}
+        return {**where, "ratios": {"img2vid / transformers": [0.9, 0.8, 2.0], **ratios}}
+
+    groups = {"memory": [case()], "inference-b16": [case(), {**case(), "num_frames": 4}]}
+    lines = page.aims(groups)
+    assert len(lines) == 2 + 2
+    assert "| img2vid / transformers | <= 1 | 0.90 (0.80 to 2.00) | met |" in lines[2]
+    assert "| <= 0.85 | 0.90 (0.80 to 2.00) | **off by 6%** |" in lines[3]
+    assert page.aims({}) == []
+
+
+def test_a_group_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def fails(plan):
+        raise RuntimeError("no memory left")
+        yield
+
+    def works(plan):
+        yield {"size": "ViT-S/16", "num_frames": 8, "precision": "float32", "ratios": {"a / b": [1.0]}}
+
+    monkeypatch.setattr("benchmarks.__main__.GROUPS", {"memory": fails, "streaming": works})
+    out = tmp_path / "results.json"
+    assert main(["--suite", "cpu", "--threads", "1", "--out", str(out)]) == 1
+    assert list(json.loads(out.read_text())["groups"]) == ["streaming"], "and is tried again the next time"
+    printed = capsys.readouterr()
+    assert "FAILED: memory" in printed.out and "no memory left" in printed.err
+
+
 def test_every_group_has_a_title_and_a_gpu_is_needed_where_it_is_said(capsys):
     assert page.TITLES.keys() == GROUPS.keys()
     if not torch.cuda.is_available():

@@ -63,6 +63,7 @@ def run(
     val=False,
     data_options=None,
     callbacks=(),
+    grafts=(),
     **trainer_options,
 ):
     """masked, mixed: draw random masks, and mix clips, which a resumed run must do again just so."""
@@ -74,7 +75,9 @@ def run(
     if mixed:
         objectives["classes"] = Classification("text")
     how_tuned = Tuning(lr=1e-4, warmup=2, schedule=schedule, freeze="logit_scale")  # FSDP2 cannot train a scalar
-    module = VideoTraining(VideoConfig("nano_clip", num_frames=2), WeightedSum(objectives), how_tuned)
+    module = VideoTraining(
+        VideoConfig("nano_clip", num_frames=2, grafts=tuple(grafts)), WeightedSum(objectives), how_tuned
+    )
     videos = VideoData(
         f"{data}/train.csv",
         (f"{data}/val.csv" if val is True else val) or None,

@@ -64,7 +64,9 @@ class Experts(nn.Module):
         if self.training:
             self.balance.loss = balance_loss(shares, chosen)
         weights = (top / top.sum(dim=-1, keepdim=True)).to(x.dtype).unsqueeze(-1)  # (n, k, 1)
-        outputs = self.dense(x, chosen) if self.compute == "dense" else self.sparse(x.flatten(0, -2), chosen)
+        # a program that is exported or compiled has one shape for whatever a router says
+        is_dense = self.compute == "dense" or torch.compiler.is_compiling()
+        outputs = self.dense(x, chosen) if is_dense else self.sparse(x.flatten(0, -2), chosen)
         y = outputs[:, 0] + (weights[:, 1:] * (outputs[:, 1:] - outputs[:, :1])).sum(dim=1)
         return y.view(*x.shape[:-1], -1)
 
@@ -147,7 +149,7 @@ class Upcycling(Graft):
     Args:
         num_experts: E.
         top_k: k, how many a token is sent to; at least 2, as one weight divided by itself teaches a router nothing.
-        compute: ``sparse`` (each expert on its tokens) or ``dense`` (all on all, which also exports).
+        compute: ``sparse`` (each expert on its tokens; all on all where it is exported) or ``dense`` (all on all).
         layers: in which blocks, as ``temporal_layers``: ``all``, ``every:K``, ``last:N``, or block numbers.
     """
 

@@ -1,6 +1,7 @@
 """Where a scion speaks: before its host, after it, or in the weight that its host multiplies with.
 
-One class in front of a host serves all scions in it, in the order they were grafted.
+One class in front of a host serves all scions of its kind in it. The first one grafted is the closest to the host; each
+further one stands around those before it, sees what enters them, and what comes out of them.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class TokenScion(nn.Module):
         """What the host gets instead of ``x``."""
         return x
 
-    def after(self, y: Tensor, x: Tensor) -> Tensor:
-        """What comes out instead of the host's output ``y``, where ``x`` went in; of each token by itself."""
+    def after(self, y: Tensor, x: Tensor, host: nn.Module) -> Tensor:
+        """What comes out instead of the host's output ``y``, where ``x`` went in."""
         return y
 
 
@@ -47,20 +48,25 @@ class WeightScion(nn.Module):
 class Grafted(InFront):
     """In front of a block, an attention or an MLP."""
 
-    title = "Grafted"
+    title, serves = "Grafted", TokenScion
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         by_name = "hidden_states" if not args else None  # as transformers calls its attentions
         x = kwargs[by_name] if by_name else args[0]
-        for scion in scions(self, TokenScion):
+        around = []
+        for scion in reversed(list(scions(self, TokenScion))):
+            around.append((scion, x))
             x = scion.before(x, self)
         out = super().forward(**{**kwargs, by_name: x}) if by_name else super().forward(x, *args[1:], **kwargs)
-        return with_first(out, self.followed(first(out), x))
+        y = first(out)
+        for scion, x in reversed(around):
+            y = scion.after(y, x, self)
+        return with_first(out, y)
 
     def followed(self, y: Tensor, x: Tensor) -> Tensor:
-        """The host's output ``y`` and what scions make of it, where ``x`` went in."""
+        """What scions make of some of the host's tokens ``y`` that were computed by themselves, from tokens ``x``."""
         for scion in scions(self, TokenScion):
-            y = scion.after(y, x)
+            y = scion.after(y, x, self)
         return y
 
 
@@ -83,8 +89,7 @@ class GraftedLinear(InFront):
     """In front of a Linear. Called, it adds what its scions make of the input; asked for its weight, it gives the sum:
     attentions that read ``qkv.weight`` without ever calling ``qkv`` (EVA, BEiT, PyTorch's own) are not missed."""
 
-    title = "Grafted"
-    serves = WeightScion
+    title, serves = "Grafted", WeightScion
 
     @property
     def weight(self) -> Tensor:
@@ -100,8 +105,7 @@ class GraftedLinear(InFront):
 class GraftedProjection(InFront):
     """In front of an attention whose input projection is a bare parameter (PyTorch's, open_clip's)."""
 
-    title = "GraftedProjection"
-    serves = WeightScion
+    title, serves = "GraftedProjection", WeightScion
 
     @property
     def in_proj_weight(self) -> Tensor:
@@ -148,5 +152,5 @@ def put_on(site: Site, name: str, scion: nn.Module) -> None:
 def take_off(site: Site, name: str) -> None:
     """Undo ``put_on``; with its last scion, a front goes too."""
     delattr(site.host, PREFIX + name)
-    if not any(scions(site.host, getattr(site.front, "serves", TokenScion))):
+    if next(scions(site.host, site.front.serves), None) is None:
         take_from_front(site.host, site.front)

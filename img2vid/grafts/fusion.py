@@ -91,8 +91,7 @@ def in_steps(x: Tensor, num_steps: int) -> Tensor:
 class WithOthers(InFront):
     """In front of a video model: its features of each step, joined with those of other towers."""
 
-    title = ""  # it is still saved and loaded as what it is
-    serves = OtherTowers
+    title, serves = "", OtherTowers  # untitled: it is still saved and loaded as what it is
 
     def frame_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
         features = super().frame_features(clips)
@@ -112,8 +111,7 @@ class FurtherColumns(nn.Module):
 class WithColumns(InFront):
     """In front of a classifier: its own columns for the features it knows, further ones for the rest."""
 
-    title = "Widened"
-    serves = FurtherColumns
+    title, serves = "Widened", FurtherColumns
 
     def forward(self, x: Tensor) -> Tensor:
         known, *new = x.split([self.in_features, *(s.zero_columns.shape[1] for s in scions(self))], dim=-1)

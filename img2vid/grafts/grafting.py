@@ -33,6 +33,7 @@ def insert(video: VideoModel, grafts: Iterable[Graft]) -> None:
             scion.to(device=like.device, dtype=like.dtype).train(site.host.training)
             put_on(site, graft.name, scion)
         video.grafts = (*video.grafts, graft)
+        graft.planted(video)
 
 
 def plant(video: VideoModel) -> None:
@@ -114,6 +115,7 @@ def take(
             before(one, site, getattr(site.host, PREFIX + one.name))
             take_off(site, one.name)
         video.grafts = tuple(other for other in video.grafts if other is not one)
+        one.uprooted(video)
     write_down(model)
     return model
 

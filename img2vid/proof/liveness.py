@@ -122,7 +122,7 @@ def measure_liveness(
     behind = {path: matrices(attention) for path, (_, attention) in layers.items()}
     behind |= {path: others for path, (_, others) in scions.items()}
     gates = [*(p for gate, _ in [*layers.values(), *scions.values()] for p in gate), *alone.values()]
-    depths = {path: depth_of(path) for path in scions}
+    depths = {path: depth_of(video, path) for path in scions}
     measured = [*gates, *(p for attention in behind.values() for p in attention)]
     if not measured:
         return []
@@ -292,10 +292,13 @@ def graft_of(path: str) -> str:
     return path.rpartition("graft_")[2].split(".")[0]
 
 
-def depth_of(path: str) -> int:
-    """How many zero gates stand between a place and the residual stream: a graft on attention along time has one, and
-    so has what another tower has along time."""
-    return int("temporal_attn." in path or ".towers." in path)
+def depth_of(video: VideoModel, path: str) -> int:
+    """How many zero gates of others stand between a place and the residual stream: a graft on attention along time has
+    one, so has what another tower has along time, and what a graft puts in front of another part of its own says so by
+    its ``depth``."""
+    module = dict(video.named_modules()).get(path)  # None where a place is one parameter
+    own: int = getattr(module, "depth", 0)
+    return own + int("temporal_attn." in path or ".towers." in path)
 
 
 def matrices(module: nn.Module) -> list[nn.Parameter]:

@@ -29,7 +29,8 @@ class ClipContext:
         self._turn = threading.RLock()
 
     @contextmanager
-    def of(self, num_frames: int) -> Iterator[None]:
+    def of(self, num_frames: int | None) -> Iterator[None]:
+        """Inside, clips have so many frames; None where frames are run that make no whole clips, and T is unknown."""
         if torch.compiler.is_compiling():  # a lock cannot be traced
             with self._set(num_frames):
                 yield
@@ -48,7 +49,7 @@ class ClipContext:
                 self.past = None
 
     @contextmanager
-    def _set(self, num_frames: int) -> Iterator[None]:
+    def _set(self, num_frames: int | None) -> Iterator[None]:
         before, self._num_frames = self._num_frames, num_frames
         try:
             yield
