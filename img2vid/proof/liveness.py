@@ -6,6 +6,7 @@ again, frames are swapped behind a frame's back, and two optimiser steps show wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ def measure_liveness(
         return []
     clips = make_clips(video, "moving", 2, generator, size)
     steps: list[dict[nn.Parameter, float]] = []
+    names = {parameter: name for name, parameter in video.named_parameters()}
     objective = None
     with only_requiring_grad(video, measured), video.gates_closed():
         for step in range(2 + max(depths.values(), default=0)):
@@ -147,7 +149,11 @@ def measure_liveness(
         return tuple(sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps) if parameters else None
 
     def least(parameters: Sequence[nn.Parameter]) -> tuple[float, ...] | None:
-        return tuple(min(step[p] for p in parameters) for step in steps) if parameters else None
+        groups: dict[str, list[nn.Parameter]] = {}
+        for parameter in parameters:  # of experts, which of them are asked is a matter of the clip
+            groups.setdefault(re.sub(r"zero_experts\.\d+", "zero_experts", names[parameter]), []).append(parameter)
+        each = [norms(group) for group in groups.values()]
+        return tuple(map(min, zip(*each, strict=True))) if parameters else None
 
     coupling = measure_coupling(video, {path: attention for path, (_, attention) in layers.items()}, clips)
     return [
