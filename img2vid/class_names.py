@@ -24,11 +24,6 @@ def checked_class_names(names: Any, num_classes: int | None) -> tuple[str, ...] 
     return tuple(names)
 
 
-def is_shuffled(names: tuple[str, ...] | None, others: tuple[str, ...] | None) -> bool:
-    """Whether both name the same classes, in another order: then numbers would be taken for others without a sign."""
-    return names is not None and others is not None and names != others and sorted(names) == sorted(others)
-
-
 def from_id2label(id2label: Any, num_classes: int) -> tuple[str, ...] | None:
     """The names in a ``config.json`` of transformers; None where it only numbers them (``LABEL_0``, ...).
 

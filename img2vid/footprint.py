@@ -63,10 +63,10 @@ def measure_on_nothing(model: VideoModel | VideoTextModel, batch_size: int, auto
         autocast: bfloat16 for what autocast does in it.
     """
     video = model.visual if isinstance(model, VideoTextModel) else model
-    dtype = next(model.parameters()).dtype
+    dtype, channels = next(model.parameters()).dtype, video.tower.in_channels
     with FakeTensorMode():
         make_fake(model)
-        clips = torch.zeros(batch_size, video.config.num_frames, 3, *video.tower.image_size, dtype=dtype)
+        clips = torch.zeros(batch_size, video.config.num_frames, channels, *video.tower.image_size, dtype=dtype)
         if not isinstance(model, VideoTextModel):
             return measure(model, lambda: first(model(clips)).float().sum(), [clips], autocast)
         text = torch.zeros(batch_size, model.context_length, dtype=torch.long)

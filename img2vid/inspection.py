@@ -106,7 +106,7 @@ def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> 
     return Inspection(
         name=name,
         model_class=type(model).__name__,
-        tower_class=type(video.base).__name__,
+        tower_class=own_class(video.base).__name__,
         image_size=tower.image_size,
         patch_size=tower.patch_size,
         any_size=tower.any_size,
@@ -114,7 +114,7 @@ def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> 
         num_prefix_tokens=tower.num_prefix_tokens,
         depth=len(tower.blocks),
         block_class=own_class(block).__name__,
-        attention_class="inside the block" if attention is block else type(attention).__name__,
+        attention_class="inside the block" if attention is block else own_class(attention).__name__,
         num_heads=spatial.num_heads,
         width=spatial.dim,
         feature_dim=feature_dim,

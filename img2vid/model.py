@@ -36,7 +36,7 @@ from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import resample_time_embed, time_from, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.gates import zero_linear
-from img2vid.temporal.infront import own_class, put_behind_all, put_in_front, take_from_front
+from img2vid.temporal.infront import own_class, put_in_front, put_innermost, take_from_front
 from img2vid.temporal.pooling import first, mean_over_frames, over
 from img2vid.weights.accounting import LoadReport
 from img2vid.weights.reloading import load_image_weights
@@ -264,7 +264,7 @@ class VideoModel(Overlay, Running, Saving):
             if isinstance(block, CheckpointedBlock):
                 take_from_front(block, CheckpointedBlock)
             if enable:
-                (put_behind_all if trunk_only else put_in_front)(block, CheckpointedBlock)
+                (put_innermost if trunk_only else put_in_front)(block, CheckpointedBlock)
                 block.clip = self.clip
 
 
@@ -285,6 +285,10 @@ class VideoTextModel(Overlay, Running, Saving):
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(image_text_model, config=config)
         video = VideoModel(image_text_model.visual, config)
+        if video.grafts:
+            from img2vid.grafts.grafting import check_beside_text
+
+            check_beside_text(video.grafts)
         self.config = video.config
         if hasattr(image_text_model, "put_tower"):  # transformers, which calls it vision_model
             image_text_model.put_tower(video)

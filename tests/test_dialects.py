@@ -700,3 +700,15 @@ def test_what_no_key_and_no_shape_shows_is_compared_too(arguments, message, tmp_
     with pytest.raises(WeightsError, match=message):
         img2vid.export_checkpoint(model, tmp_path / "a.pyth", "timesformer")
     assert not any(tmp_path.iterdir())
+
+
+def test_the_card_of_an_import_says_whose_model_it_is(hf_folders, tmp_path):
+    """It is no conversion: nobody knows where its gates and its attention along time began."""
+    model = img2vid.import_checkpoint(hf_folders / "hf-timesformer")
+    model.save_pretrained(tmp_path / "ours")
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "# hf-timesformer, of transformers' TimeSformer" in card
+    assert "imported from **hf-timesformer**" in card and "nearest_positions" in card
+    assert not any(words in card for words in ("started at zero", "Before training", "base_model"))
+    img2vid.load(tmp_path / "ours").save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card

@@ -271,9 +271,9 @@ def test_a_classifier_is_saved_with_the_names_of_its_classes(motion_set, tmp_pat
     assert consolidate(checkpoint).class_names == names
     assert main(["inspect", str(tmp_path / "a")]) == 0
     assert f"8 classes: {names[0]}" in capsys.readouterr().out
-    backwards = list(reversed(names))
     again = VideoTraining(VideoConfig(), Classification(), start_from=str(tmp_path / "a"), save_to=tmp_path / "b")
-    with pytest.raises(TrainingError, match="in another order"):
-        fit(again, motion_set, data={"classes": backwards}, default_root_dir=tmp_path)
+    for other in (list(reversed(names)), ["waiting", *names]):  # numbers would mean other classes
+        with pytest.raises(ConfigError, match="numbered otherwise"):
+            fit(again, motion_set, data={"classes": other}, default_root_dir=tmp_path)
     fit(again, motion_set, data={"classes": list(names)}, default_root_dir=tmp_path)
     assert img2vid.load(tmp_path / "b").class_names == names

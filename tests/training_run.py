@@ -63,10 +63,12 @@ def run(
     val=False,
     data_options=None,
     callbacks=(),
+    grafts=(),
     **trainer_options,
 ):
     """masked, mixed: draw random masks, and mix clips, which a resumed run must do again just so."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # what grafts draw at random is the same in every process
     Path(out).mkdir(parents=True, exist_ok=True)
     objectives = {} if mixed else {"pairs": Contrastive()}
     if masked:
@@ -74,7 +76,9 @@ def run(
     if mixed:
         objectives["classes"] = Classification("text")
     how_tuned = Tuning(lr=1e-4, warmup=2, schedule=schedule, freeze="logit_scale")  # FSDP2 cannot train a scalar
-    module = VideoTraining(VideoConfig("nano_clip", num_frames=2), WeightedSum(objectives), how_tuned)
+    module = VideoTraining(
+        VideoConfig("nano_clip", num_frames=2, grafts=tuple(grafts)), WeightedSum(objectives), how_tuned
+    )
     videos = VideoData(
         f"{data}/train.csv",
         (f"{data}/val.csv" if val is True else val) or None,

@@ -21,6 +21,11 @@ from img2vid.model import VideoTextModel
 from img2vid.plots import attention_figure, curves_figure, save
 from img2vid.plots.canvas import INK, PALE
 
+ENOUGH_STEPS = 200  # with fewer, motion stays at chance and digits have not come back
+TOO_SHORT = (
+    "This is a short run, {steps} steps on {train} videos: it shows every stage, and is too short to learn anything "
+    "from. Run img2vid demo without --quick for that."
+)
 RESULTS = ("before-digits", "before-motion", "after-digits", "after-motion")
 
 
@@ -28,13 +33,10 @@ def write(folder: Path, facts: dict[str, Any], converted: VideoTextModel, traine
     """Write the PNGs and ``report.html``, which needs nothing beside it."""
     clips = one_of_each(videos, trained.config.num_frames)
     said = {"converted": captions_of(converted, clips), "trained": captions_of(trained, clips)}
-    losses = read_curves(facts["log"], ["loss", "train/*_loss"])
-    looks = read_curves(facts["log"], ["val/accuracy"])
-    gates = read_curves(facts["log"], ["gate/*"])  # logged after each step, from 0 on
-    gates = {
-        f"block {i}": [(0, 0.0), *((step + 1, norm) for step, norm in points)]
-        for i, points in enumerate(gates.values())
-    }
+    losses = curves(facts["log"], ["loss", "train/*_loss"])
+    looks = curves(facts["log"], ["val/accuracy"])
+    norms = curves(facts["log"], ["gate/*"])
+    gates = {f"block {i}": [(0, 0.0), *points] for i, points in enumerate(norms.values())}
     figures = {
         "strips": strips_figure(clips, said),
         "accuracy": curves_figure(looks, "accuracy on validation videos, motions"),
@@ -46,6 +48,12 @@ def write(folder: Path, facts: dict[str, Any], converted: VideoTextModel, traine
     for name, figure in figures.items():
         save(figure, folder / f"{name}.png")
     write_whole(folder / "report.html", tell(folder, facts, figures).encode())
+
+
+def curves(log: str | Path, patterns: list[str]) -> dict[str, list[tuple[float, float]]]:
+    """Columns of the log over steps counted as the lines of the training count them: Lightning's CSV begins at 0."""
+    found = read_curves(log, patterns)
+    return {name: [(step + 1, value) for step, value in points] for name, points in found.items()}
 
 
 def one_of_each(videos: VideoList, num_frames: int) -> dict[str, torch.Tensor]:
@@ -144,6 +152,7 @@ def tell(folder: Path, facts: dict[str, Any], figures: dict[str, Figure]) -> str
             f"nano_clip was trained on pictures of digits. It names {facts['pictures']['accuracy']:.1%} of "
             f"{facts['pictures']['number']} it has never seen, and knows nothing of time."
         ),
+        *[paragraph(TOO_SHORT.format(**size))] * (size["steps"] < ENOUGH_STEPS),
         "<h2>The same function, with room for time</h2>",
         paragraph(
             "Converting it puts attention along time into every block, copied from the block's own attention and "

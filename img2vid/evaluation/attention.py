@@ -61,6 +61,12 @@ def attention_maps(model, clip: Tensor) -> Attention:
     video = video_part(model)
     if clip.ndim != 5 or len(clip) != 1:
         raise EvaluationError(f"Expected one clip (1, T, C, H, W), given {tuple(clip.shape)}.")
+    for graft in video.grafts:
+        if graft.attends:
+            raise EvaluationError(
+                f"The graft {graft.name} lets tokens attend to more than the image model's attention shows, so maps of "
+                f"that would not say where the model looks. Without it: img2vid graft FOLDER --remove {graft.name}."
+            )
     with in_eval_mode(model), capturing(video) as found:
         video.frame_features(clip)
     tokens = Tokens.of(video, clip, found)

@@ -57,14 +57,14 @@ class Behind(TokenScion):
         super().__init__()
         self.adapter, self.scale = adapter, scale
 
-    def after(self, y: Tensor, x: Tensor) -> Tensor:
+    def after(self, y: Tensor, x: Tensor, host: nn.Module) -> Tensor:
         return y + self.scale * self.adapter(y)
 
 
 class Beside(Behind):
     """Parallel to its host: what it adds is made of the host's input."""
 
-    def after(self, y: Tensor, x: Tensor) -> Tensor:
+    def after(self, y: Tensor, x: Tensor, host: nn.Module) -> Tensor:
         return y + self.scale * self.adapter(x)
 
 

@@ -92,7 +92,7 @@ class AIM(Graft):
     gate = "zero_up, zero_time"
     identity = "bit for bit"
     folds = "no: it has nonlinearities inside"
-    mixes_frames = True
+    mixes_frames = attends = True
 
     ratio: float = 0.25
     scale: float = 0.5

@@ -61,6 +61,8 @@ class Graft:
     identity: ClassVar[str]
     folds: ClassVar[str]
     mixes_frames: ClassVar[bool] = False  # whether frames of a clip learn of each other through it
+    attends: ClassVar[bool] = False  # whether tokens attend to more through it than the model's own attention says
+    keeps_length: ClassVar[bool] = True  # whether features stay as long as they are, and where texts are
 
     name: str = field(default="", kw_only=True)
 
@@ -83,6 +85,15 @@ class Graft:
 
     def guarantee(self) -> Guarantee:
         return Guarantee("any clip, bit for bit on the same folded batch", dict.fromkeys(KINDS, "bitwise"))
+
+    def planted(self, video: VideoModel) -> None:
+        """What else changes in a model once it is in; ``uprooted`` changes it back."""
+
+    def uprooted(self, video: VideoModel) -> None:
+        """Called when all of it has been taken off."""
+
+    def fetch(self, video: VideoModel) -> None:
+        """Load what it needs from elsewhere, such as another model's weights; not asked of a model that was saved."""
 
     def fold(self, site: Site, scion: nn.Module) -> None:
         """Write a scion into its host's own weights, in place; what is left of it is taken out afterwards."""

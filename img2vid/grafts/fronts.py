@@ -1,6 +1,7 @@
 """Where a scion speaks: before its host, after it, or in the weight that its host multiplies with.
 
-One class in front of a host serves all scions in it, in the order they were grafted.
+One class in front of a host serves all scions of its kind in it. The first one grafted is the closest to the host; each
+further one stands around those before it, sees what enters them, and what comes out of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from img2vid.grafts.base import Site
-from img2vid.temporal.infront import InFront, fronts_of, put_in_front, take_from_front
+from img2vid.temporal.clip import ClipContext
+from img2vid.temporal.infront import InFront, fronts_of, put_in_front, put_innermost, take_from_front
 from img2vid.temporal.pooling import first
 from img2vid.temporal.prefix import with_first
 
@@ -27,13 +29,15 @@ class TokenScion(nn.Module):
         """What the host gets instead of ``x``."""
         return x
 
-    def after(self, y: Tensor, x: Tensor) -> Tensor:
-        """What comes out instead of the host's output ``y``, where ``x`` went in; of each token by itself."""
+    def after(self, y: Tensor, x: Tensor, host: nn.Module) -> Tensor:
+        """What comes out instead of the host's output ``y``, where ``x`` went in."""
         return y
 
 
 class WeightScion(nn.Module):
     """A scion of a linear map W: it adds ``delta()`` to W, which is ``forward(x)`` added to W x."""
+
+    clip: ClipContext  # given when it is put on
 
     def delta(self) -> Tensor:
         """(out, in), to be added to the weight."""
@@ -47,20 +51,25 @@ class WeightScion(nn.Module):
 class Grafted(InFront):
     """In front of a block, an attention or an MLP."""
 
-    title = "Grafted"
+    title, serves = "Grafted", TokenScion
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         by_name = "hidden_states" if not args else None  # as transformers calls its attentions
         x = kwargs[by_name] if by_name else args[0]
-        for scion in scions(self, TokenScion):
+        around = []
+        for scion in reversed(list(scions(self, TokenScion))):
+            around.append((scion, x))
             x = scion.before(x, self)
         out = super().forward(**{**kwargs, by_name: x}) if by_name else super().forward(x, *args[1:], **kwargs)
-        return with_first(out, self.followed(first(out), x))
+        y = first(out)
+        for scion, x in reversed(around):
+            y = scion.after(y, x, self)
+        return with_first(out, y)
 
     def followed(self, y: Tensor, x: Tensor) -> Tensor:
-        """The host's output ``y`` and what scions make of it, where ``x`` went in."""
+        """What scions make of some of the host's tokens ``y`` that were computed by themselves, from tokens ``x``."""
         for scion in scions(self, TokenScion):
-            y = scion.after(y, x)
+            y = scion.after(y, x, self)
         return y
 
 
@@ -81,9 +90,10 @@ def listening(host: nn.Module) -> type[InFront]:
 
 class GraftedLinear(InFront):
     """In front of a Linear. Called, it adds what its scions make of the input; asked for its weight, it gives the sum:
-    attentions that read ``qkv.weight`` without ever calling ``qkv`` (EVA, BEiT, PyTorch's own) are not missed."""
+    attentions that read ``qkv.weight`` without ever calling ``qkv`` (EVA, BEiT, PyTorch's own) are not missed. It does
+    so during a forward; at other times it is asked by who wants the parameter itself (FSDP2, for one)."""
 
-    title = "Grafted"
+    title, serves = "Grafted", WeightScion
 
     @property
     def weight(self) -> Tensor:
@@ -99,7 +109,7 @@ class GraftedLinear(InFront):
 class GraftedProjection(InFront):
     """In front of an attention whose input projection is a bare parameter (PyTorch's, open_clip's)."""
 
-    title = "GraftedProjection"
+    title, serves = "GraftedProjection", WeightScion
 
     @property
     def in_proj_weight(self) -> Tensor:
@@ -117,8 +127,9 @@ def own_weight(host: nn.Module, name: str) -> Tensor:
 def grown(host: nn.Module, name: str) -> Tensor:
     own = weight = own_weight(host, name)
     for scion in scions(host, WeightScion):
-        weight = weight + scion.delta().to(weight.dtype)
-    if own.requires_grad and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if scion.clip.is_in_flight:
+            weight = weight + scion.delta().to(weight.dtype)
+    if weight is not own and own.requires_grad and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         weight.requires_grad_()  # torch.matmul chooses how to multiply, and so to round, by this too
     return weight
 
@@ -139,12 +150,12 @@ def scions(host: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[Any]:
 def put_on(site: Site, name: str, scion: nn.Module) -> None:
     site.host.add_module(PREFIX + name, scion)
     if site.front not in fronts_of(site.host):
-        put_in_front(site.host, site.front)
+        put = put_innermost if getattr(site.front, "innermost", False) else put_in_front
+        put(site.host, site.front)
 
 
 def take_off(site: Site, name: str) -> None:
     """Undo ``put_on``; with its last scion, a front goes too."""
     delattr(site.host, PREFIX + name)
-    kind = WeightScion if site.front in WEIGHT_NAMES else TokenScion
-    if not any(scions(site.host, kind)):
+    if next(scions(site.host, site.front.serves), None) is None:
         take_from_front(site.host, site.front)

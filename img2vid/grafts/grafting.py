@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from img2vid.grafts.base import Graft, GraftError, Site, read_grafts
-from img2vid.grafts.fronts import PREFIX, put_on, take_off
+from img2vid.grafts.fronts import PREFIX, WeightScion, put_on, take_off
 from img2vid.model import VideoModel, VideoTextModel
 
 
@@ -31,8 +31,11 @@ def insert(video: VideoModel, grafts: Iterable[Graft]) -> None:
         for site, scion in grown:
             like = next(site.host.parameters())
             scion.to(device=like.device, dtype=like.dtype).train(site.host.training)
+            if isinstance(scion, WeightScion):
+                scion.clip = video.clip
             put_on(site, graft.name, scion)
         video.grafts = (*video.grafts, graft)
+        graft.planted(video)
 
 
 def plant(video: VideoModel) -> None:
@@ -56,10 +59,31 @@ def graft(model: VideoModel | VideoTextModel, grafts: Iterable[Any]) -> VideoMod
     """
     video = tower_of(model)
     read_grafts([*video.grafts, *(grafts := list(grafts))])  # names must differ from those it has
+    new = read_grafts(grafts)
+    if isinstance(model, VideoTextModel):
+        check_beside_text(new)
     with without_checkpointing(model):
-        insert(video, read_grafts(grafts))
+        insert(video, new)
     write_down(model)
+    for one in new:
+        one.fetch(video)
     return model
+
+
+def fetch(model: VideoModel | VideoTextModel) -> None:
+    """Load what grafts of a new model need from elsewhere."""
+    for one in tower_of(model).grafts:
+        one.fetch(tower_of(model))
+
+
+def check_beside_text(grafts: Iterable[Graft]) -> None:
+    """Refuse what would make video features of another length than those of texts."""
+    for one in grafts:
+        if not one.keeps_length:
+            raise GraftError(
+                f"{one.name} makes features longer, and texts would have no counterpart for what is new. Convert with "
+                "num_classes=N, which leaves the text tower out; or use mode='gate', which stays where texts are."
+            )
 
 
 def remove(model: VideoModel | VideoTextModel, names: str | Iterable[str] | None = None) -> VideoModel | VideoTextModel:
@@ -93,6 +117,7 @@ def take(
             before(one, site, getattr(site.host, PREFIX + one.name))
             take_off(site, one.name)
         video.grafts = tuple(other for other in video.grafts if other is not one)
+        one.uprooted(video)
     write_down(model)
     return model
 

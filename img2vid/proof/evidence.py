@@ -88,16 +88,28 @@ def compare(
         frame_features = video.frame_features(clips)
     tower = describe(image)
     with recorded([block for _, block in tower.blocks]) as expected_layers:
-        expected = first(tower.call(image, central_frames(video, clips))).unflatten(0, (len(clips), num_steps))
+        expected = first(tower.call(image, central_frames(video, clips)[:, : tower.in_channels])).unflatten(
+            0, (len(clips), num_steps)
+        )
+    own = [first(features)[..., : expected.shape[-1]] for features in (video.pool(frame_features), frame_features)]
     return Comparison(
         kind=kind,
         num_frames=clips.shape[1],
         claimed=claimed,
-        feature_difference=largest(first(video.pool(frame_features)) - expected.mean(dim=1)),
-        frame_difference=largest(first(frame_features) - expected),
-        layer_differences=[largest(a - b) for a, b in zip(layers, expected_layers, strict=True)],
+        feature_difference=largest(own[0] - expected.mean(dim=1)),
+        frame_difference=largest(own[1] - expected),
+        layer_differences=[
+            largest(same_tokens(a, b, tower.num_prefix_tokens) - b)
+            for a, b in zip(layers, expected_layers, strict=True)
+        ],
         tolerance=CLOSE[clips.dtype] * largest(expected),
     )
+
+
+def same_tokens(tokens: Tensor, expected: Tensor, num_prefix: int) -> Tensor:
+    """Without the tokens that a graft has put into the stream, which stand between prefix and patches."""
+    more = tokens.shape[1] - expected.shape[1]
+    return torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix + more :]], dim=1) if more else tokens
 
 
 def largest(x: Tensor) -> float:

@@ -6,6 +6,7 @@ again, frames are swapped behind a frame's back, and two optimiser steps show wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,16 +114,21 @@ def measure_liveness(
     """
     layers, scions = temporal_layers(video), planted(video)
     in_layers = {id(p) for gate, _ in [*layers.values(), *scions.values()] for p in gate}
-    alone = {name: p for name, p in video.zero_parameters().items() if id(p) not in in_layers}
+    alone = {
+        name: p
+        for name, p in video.zero_parameters().items()
+        if id(p) not in in_layers and not name.startswith("classifier.")
+    }
     behind = {path: matrices(attention) for path, (_, attention) in layers.items()}
     behind |= {path: others for path, (_, others) in scions.items()}
     gates = [*(p for gate, _ in [*layers.values(), *scions.values()] for p in gate), *alone.values()]
-    depths = {path: depth_of(path) for path in scions}
+    depths = {path: depth_of(video, path) for path in scions}
     measured = [*gates, *(p for attention in behind.values() for p in attention)]
     if not measured:
         return []
     clips = make_clips(video, "moving", 2, generator, size)
     steps: list[dict[nn.Parameter, float]] = []
+    names = {parameter: name for name, parameter in video.named_parameters()}
     objective = None
     with only_requiring_grad(video, measured), video.gates_closed():
         for step in range(2 + max(depths.values(), default=0)):
@@ -143,7 +149,11 @@ def measure_liveness(
         return tuple(sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps) if parameters else None
 
     def least(parameters: Sequence[nn.Parameter]) -> tuple[float, ...] | None:
-        return tuple(min(step[p] for p in parameters) for step in steps) if parameters else None
+        groups: dict[str, list[nn.Parameter]] = {}
+        for parameter in parameters:  # of experts, which of them are asked is a matter of the clip
+            groups.setdefault(re.sub(r"zero_experts\.\d+", "zero_experts", names[parameter]), []).append(parameter)
+        each = [norms(group) for group in groups.values()]
+        return tuple(map(min, zip(*each, strict=True))) if parameters else None
 
     coupling = measure_coupling(video, {path: attention for path, (_, attention) in layers.items()}, clips)
     return [
@@ -152,7 +162,7 @@ def measure_liveness(
             for path, (gate, _) in layers.items()
         ),
         *(
-            Liveness(path, least(gate), least(others), graft=path.rpartition("graft_")[2], depth=depths[path])
+            Liveness(path, least(gate), least(others), graft=graft_name(path), depth=depths[path])
             for path, (gate, others) in scions.items()
         ),
         *(Liveness(name, norms([parameter])) for name, parameter in alone.items()),
@@ -259,16 +269,36 @@ def planted(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], list[nn.Pa
     zero = {id(p) for p in video.zero_parameters().values()}
     found: dict[str, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
     for name, parameter in video.named_parameters():
-        if (path := scion_of(name)) is not None:
-            found.setdefault(path, ([], []))[0 if id(parameter) in zero else 1].append(parameter)
+        is_zero = id(parameter) in zero
+        if (path := place_of(name, is_zero)) is not None:
+            found.setdefault(path, ([], []))[0 if is_zero else 1].append(parameter)
     # a branch of a user's own may keep its gate beside it (graft_fc): then this is no place of its own
     names = {graft.name for graft in video.grafts}
-    return {path: parts for path, parts in found.items() if path.rpartition("graft_")[2] in names}
+    return {path: parts for path, parts in found.items() if graft_name(path) in names}
 
 
-def depth_of(path: str) -> int:
-    """How many zero gates stand between a place and the residual stream: a graft on attention along time has one."""
-    return int("temporal_attn." in path)
+def place_of(name: str, is_zero: bool) -> str | None:
+    """Where a parameter was grafted; what another tower has along time stands behind a gate of its own there."""
+    path = scion_of(name)
+    if path is None or name.startswith("classifier."):  # which is behind the features that are measured
+        return None
+    if ".towers." not in name:
+        return path
+    block, time, _ = name.partition(".temporal_")
+    return block if time else name if is_zero else path
+
+
+def graft_name(path: str) -> str:
+    return f".{path}".rpartition(".graft_")[2].split(".")[0]
+
+
+def depth_of(video: VideoModel, path: str) -> int:
+    """How many zero gates of others stand between a place and the residual stream: a graft on attention along time has
+    one, so has what another tower has along time, and what a graft puts in front of another part of its own says so by
+    its ``depth``."""
+    module = dict(video.named_modules()).get(path)  # None where a place is one parameter
+    own: int = getattr(module, "depth", 0)
+    return own + int("temporal_attn." in path or ".towers." in path)
 
 
 def matrices(module: nn.Module) -> list[nn.Parameter]:

@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from img2vid.backbones import wrap_module
 from img2vid.checkpoints.native import load, load_reference
-from img2vid.class_names import is_shuffled
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.consolidate import ENTRY
 from img2vid.convert import convert
@@ -37,6 +36,7 @@ from img2vid.objectives import Objective, Step, Surroundings
 from img2vid.objectives.base import is_of_text
 from img2vid.training.averaging import check_averaging
 from img2vid.training.callbacks import ParameterSummary, SaveModel, Throughput, WatchTime
+from img2vid.training.classes import name_classes
 from img2vid.training.movement import Beginning
 from img2vid.training.stopping import CheckpointOnException, StopBetweenSteps
 from img2vid.tuning import GradualUnfreezing, Tuning, bound_temperature, eval_frozen, freeze, penalty
@@ -107,7 +107,8 @@ class VideoTraining(pl.LightningModule):
         pixels, (height, width) = self.tower.preprocess, self.model.config.image_size or self.tower.image_size
         if height != width:
             raise ConfigError(f"image_size {height} x {width}: training data is cut to squares; give equal sides.")
-        return InputSpec(height, tuple(pixels.mean), tuple(pixels.std), pixels.interpolation)
+        # videos are RGB; what a model takes beyond that (the graft channels) is for a data module of one's own to add
+        return InputSpec(height, tuple(pixels.mean[:3]), tuple(pixels.std[:3]), pixels.interpolation)
 
     # ---- before the first step
 
@@ -130,7 +131,7 @@ class VideoTraining(pl.LightningModule):
             )
             self.has_objective = stage == "fit"
         if class_names is not None:
-            self.name_classes(tuple(class_names), learns=stage == "fit")
+            name_classes(getattr(self.model, "visual", self.model), class_names, learns=stage == "fit")
         if class_names is not None and self.accuracy is None:
             from torchmetrics.classification import MulticlassAccuracy
 
@@ -141,18 +142,6 @@ class VideoTraining(pl.LightningModule):
             option = "forward_sync_buffers"  # of torch >= 2.14
             option = option if option in signature(DistributedDataParallel).parameters else "broadcast_buffers"
             self.trainer.strategy._ddp_kwargs.setdefault(option, False)
-
-    def name_classes(self, names: tuple[str, ...], learns: bool) -> None:
-        """What the numbers of the model's classifier stand for is what the list says, and is saved with it."""
-        video = getattr(self.model, "visual", self.model)
-        if is_shuffled(video.class_names, names):
-            raise TrainingError(
-                "The list has the classes of the model's classifier in another order, so that numbers would mean other "
-                f"classes: {', '.join(names[:4])}, ... here, {', '.join(video.class_names[:4])}, ... there. Give "
-                "data.classes: a text file with the model's class names (class_names in its config.json), one a line."
-            )
-        if learns and video.config.num_classes == len(names):
-            video.class_names = names
 
     def image_model(self) -> VideoModel | VideoTextModel:
         """A frozen copy of the image model as it was in the beginning, applied to each frame."""
