@@ -84,6 +84,11 @@ def caption(
         ids = None
         if prompt is not None:
             ids = tokenizer([prompt] * len(clips), return_tensors="pt")["input_ids"].to(clips.device)
+            if int(ids.max()) >= model.vocab_size:
+                raise CaptionError(
+                    f"The tokenizer is not this decoder's: the prompt has the id {int(ids.max())}, the decoder knows "
+                    f"{model.vocab_size}. Give the folder of its own (--tokenizer)."
+                )
         tokens = blip_tokens(model, clips, decoding, ids)
         return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     special = Special(tokenizer.sot_token_id, tokenizer.eot_token_id, model.pad_id)

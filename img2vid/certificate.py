@@ -61,6 +61,7 @@ class Certificate:
     weights_before: str | None = None  # the same before the conversion, where it was noted
     weights_at_conversion: str | None = None  # the same when a saved model was made: training may have changed them
     text_difference: float | None = None
+    later: float | None = None  # of a causal model: how far a frame's feature moves when only later ones change
     mixes_frames: bool = True  # whether frames are meant to know of each other
     at_step_0: bool = False  # the model comes straight from its conversion, so nothing can have moved its gates
 
@@ -80,8 +81,10 @@ class Certificate:
 
     @property
     def separate(self) -> bool:
-        """Whether clips of a batch know nothing of each other, nor, along time, patches of other positions."""
-        return self.leak == 0.0 and all(layer.stray in (None, 0.0) for layer in self.liveness)
+        """Whether clips of a batch know nothing of each other, nor, along time, patches of other positions; in a causal
+        model, frames nothing of later ones."""
+        apart = self.leak == 0.0 and self.later in (None, 0.0)
+        return apart and all(layer.stray in (None, 0.0) for layer in self.liveness)
 
     @property
     def alive(self) -> bool:
@@ -191,6 +194,7 @@ def certify(
         closed_difference=acts.closed,
         exchange=acts.exchange,
         leak=acts.leak,
+        later=acts.later,
         liveness=liveness,
         expected_alive=video.config.temporal_init != "zeros",
         weights_now=fingerprint(own),

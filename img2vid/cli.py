@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple] = {
         "measure a model on videos, and what time added to it",
     ),
     "caption": ("img2vid.commands.caption", "say in words what happens in videos, with a converted CoCa or BLIP"),
+    "stream": ("img2vid.commands.stream", "watch a video or a camera with a causal model, and print running scores"),
     "plot": ("img2vid.commands.plot", "draw and compare results, and what a model looks at"),
     "doctor": ("img2vid.commands.doctor", "what is installed, whether it works here, and what installs the rest"),
     "completion": ("img2vid.commands.completion", "completion of commands and options, for your shell"),

@@ -121,10 +121,11 @@ class Progress(logging.Handler):
         self.say(record.getMessage())
 
     def say_sometimes(self) -> Watcher:
-        last = time.perf_counter()
+        last: float | None = None
 
         def say(done: int, total: int) -> None:
             nonlocal last
+            last = time.perf_counter() if last is None else last  # of the first bytes, not of what came before
             if time.perf_counter() - last > self.seconds_between_lines:
                 last = time.perf_counter()
                 self.say(f"Read {megabytes(done, total)}")

@@ -16,7 +16,7 @@ PrefixMode = Literal["per_frame", "shared", "global"]
 TemporalInit = Literal["copy", "random", "zeros"]
 Gate = Literal["temporal_fc", "tanh", "none"]
 TimeEmbed = Literal["zeros", "per_patch", "none"]
-Resample = Literal["linear", "nearest", "crop_or_pad"]
+Resample = Literal["linear", "nearest", "crop_or_pad", "hold"]
 TubeletInit = Literal["central", "average"]
 
 CHOICES = {
@@ -74,9 +74,12 @@ class VideoConfig:
             list of block numbers.
         temporal_init: ``copy`` | ``random`` | ``zeros``.
         gate: ``temporal_fc`` | ``tanh`` | ``none``.
+        causal: whether a frame attends to itself and earlier frames only, so that frames can be shown one at a time as
+            they come (``model.stream()``).
         time_embed: ``zeros`` (learned, starting at zero) | ``per_patch`` (one for each patch of each frame: ViViT) |
             ``none``.
-        time_embed_resample: ``linear`` | ``nearest`` | ``crop_or_pad``, for other numbers of frames.
+        time_embed_resample: ``linear`` | ``nearest`` | ``crop_or_pad`` | ``hold`` (the last entry again for all later
+            frames), for other numbers of frames; None for ``linear``, or ``hold`` where causal.
         tubelet_size: frames per tubelet; num_frames counts frames before they are grouped.
         tubelet_init: ``central`` | ``average``.
         encoder_layers: depth of the temporal encoder of ``factorised_encoder``.
@@ -95,8 +98,9 @@ class VideoConfig:
     temporal_layers: str | tuple[int, ...] = "all"
     temporal_init: TemporalInit = "copy"
     gate: Gate = "temporal_fc"
+    causal: bool = False
     time_embed: TimeEmbed = "zeros"
-    time_embed_resample: Resample = "linear"
+    time_embed_resample: Resample | None = None
     tubelet_size: int = 1
     tubelet_init: TubeletInit = "central"
     encoder_layers: int = 4
@@ -106,6 +110,10 @@ class VideoConfig:
     backbone_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.causal, bool):
+            raise ConfigError(f"causal={shown(self.causal)}: expected true or false.")
+        if self.time_embed_resample is None:
+            object.__setattr__(self, "time_embed_resample", "hold" if self.causal else "linear")
         for name, choices in CHOICES.items():
             one_of(name, getattr(self, name), get_args(choices))
         for name in ("num_frames", "tubelet_size", "encoder_layers", "num_classes"):
@@ -140,6 +148,8 @@ class VideoConfig:
 
         object.__setattr__(self, "quirks", quirk_names(self.quirks))
         check_quirks(self)
+        if self.causal:
+            check_causal(self)
         object.__setattr__(self, "grafts", graft_options(self.grafts))
         if self.time_embed == "per_patch" and self.attention not in ("divided_space_time", "joint_space_time"):
             raise ConfigError(
@@ -281,6 +291,28 @@ def check_quirks(config: VideoConfig) -> None:
         raise ConfigError("quirk 'mean_before_norm' would leave the factorised_encoder one and the same frame T times.")
     if "time_before_norm_pre" in quirks and not config.has_time_embed:
         raise ConfigError("quirk 'time_before_norm_pre' is about time_embed, which this model does not have.")
+
+
+def check_causal(config: VideoConfig) -> None:
+    """Refuse what would let a frame know later ones."""
+    if config.attention not in ("divided_space_time", "factorised_encoder"):
+        why = "sees all frames at once" if config.attention == "joint_space_time" else "has no attention along time"
+        raise ConfigError(
+            f"causal=True is about attention along time, of divided_space_time or factorised_encoder; "
+            f"attention={config.attention!r} {why}."
+        )
+    if config.prefix_mode != "per_frame":
+        raise ConfigError(
+            f"causal=True with prefix_mode={config.prefix_mode!r}: a class token that belongs to the whole clip brings "
+            "what later frames show into earlier ones. Use prefix_mode='per_frame'."
+        )
+    if config.time_embed_resample not in ("hold", "crop_or_pad"):
+        raise ConfigError(
+            f"causal=True with time_embed_resample={config.time_embed_resample!r}: which embedding a frame gets would "
+            "depend on how many follow. Use 'hold' (the default there) or 'crop_or_pad'."
+        )
+    if "mean_before_norm" in config.quirks:
+        raise ConfigError("causal=True: quirk 'mean_before_norm' gives every frame the mean of all, later ones too.")
 
 
 def image_size_pair(size: object, name: str = "image_size") -> tuple[int, int]:

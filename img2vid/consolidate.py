@@ -36,7 +36,8 @@ def consolidate(checkpoint: str | Path) -> VideoModel | VideoTextModel:
     model = build_model(build_backbone(config), config)
     state = {key.removeprefix("model."): t for key, t in saved["state_dict"].items() if key.startswith("model.")}
     load_weights(model, state, source=str(path), keep_dtypes=True)
-    (model.visual if isinstance(model, VideoTextModel) else model).image_weights = noted["image_weights"]
+    video = model.visual if isinstance(model, VideoTextModel) else model
+    video.image_weights, video.class_names = noted["image_weights"], noted.get("class_names")
     return model.eval()
 
 

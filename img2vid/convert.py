@@ -66,7 +66,17 @@ def convert(
     loaded = load(backbone, weights=weights, random_weights=random_weights, dtype=dtype, settings=settings)
     for note in loaded.report.notes:  # a choice was made in reading the file
         warnings.warn(note, stacklevel=2)
-    return build_model(loaded, make_config(loaded, settings)).eval()
+    model = build_model(loaded, make_config(loaded, settings)).eval()
+    fetch_for_grafts(model, random_weights)
+    return model
+
+
+def fetch_for_grafts(model: VideoModel | VideoTextModel, random_weights: bool) -> None:
+    """Other models' weights, where something grafted is made of them."""
+    if model.config.grafts and not random_weights:
+        from img2vid.grafts.grafting import fetch
+
+        fetch(model)
 
 
 def merge(backbone: object, config: VideoConfig | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +247,9 @@ def run(options: dict[str, Any]) -> int:
     weights_before = fingerprint(image_weights(reference, reference, config))
     with progress.stage("Inserting time"):
         model = build_model(loaded, config).eval()
-    progress.say(f"Converted: {config.attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
+        fetch_for_grafts(model, bool(how["random_weights"]))
+    attention = f"causal {config.attention}" if config.causal else config.attention
+    progress.say(f"Converted: {attention}, prefix tokens {config.prefix_mode}, {config.num_frames} frames.")
     progress.console.print(parameter_table(model))
     with progress.stage("Certifying: running both models (--certify-frames 1 2 or --certify-size make it shorter)"):
         certificate = certify(model, reference, weights_before=weights_before, at_step_0=True, **tried)

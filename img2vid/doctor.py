@@ -67,10 +67,24 @@ def requirements() -> dict[str, list[Requirement]]:
         requirement = Requirement(text)
         for extra, of_extra in wanted.items():
             asks = requirement.marker is None or requirement.marker.evaluate({**default_environment(), "extra": extra})
-            # what the core asks for is asked for by every extra too; an extra made of others adds nothing of its own
-            if asks and requirement.name != NAME and (extra == "" or requirement not in wanted[""]):
+            # what the core asks for is asked for by every extra too
+            if asks and (extra == "" or requirement not in wanted[""]):
                 of_extra.append(requirement)
-    return {extra: of_extra for extra, of_extra in wanted.items() if of_extra}
+    # an extra made of others alone, such as "all", adds nothing of its own
+    return {
+        extra: unfolded(of_extra, wanted)
+        for extra, of_extra in wanted.items()
+        if any(requirement.name != NAME for requirement in of_extra)
+    }
+
+
+def unfolded(asked: list[Requirement], wanted: dict[str, list[Requirement]]) -> list[Requirement]:
+    """What is asked for, with what other extras of ours in it ask for."""
+    own = [requirement for requirement in asked if requirement.name != NAME]
+    others = sorted({extra for requirement in asked if requirement.name == NAME for extra in requirement.extras})
+    for extra in others:
+        own += [more for more in unfolded(wanted[extra], wanted) if more not in own]
+    return own
 
 
 def state_of(requirement: Requirement) -> Finding:

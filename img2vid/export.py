@@ -81,7 +81,8 @@ def export_program(
     """
     one_of("format", format, PROGRAM_FORMATS)
     path = Path(path)
-    check_request(model, path, format, text, pixels, fold)
+    check_place(path, format, text, pixels, fold)
+    check_request(model, format, text)
     if format == "safetensors":
         return export_weights(model, path)
     program = Program(model, text, pixels).eval()
@@ -96,15 +97,12 @@ def export_program(
     return written
 
 
-def check_request(model: nn.Module, path: Path, format: str, text: bool, pixels: bool, fold: bool) -> None:
-    if model.training:
-        raise ExportError("The model is in training mode, in which it drops at random; export model.eval().")
+def check_place(path: Path, format: str, text: bool = False, pixels: bool = False, fold: bool = False) -> None:
+    """What can be said before there is a model."""
     if path.is_dir():
         raise ExportError(f"{path} is a folder; --format {format} writes one file. Give its name.")
     if format == "torch-export" and path.suffix != ".pt2":
         raise ExportError(f"torch.export.load reads files that end in .pt2; name it {path.with_suffix('.pt2')}.")
-    if text and not isinstance(model, VideoTextModel):
-        raise ExportError(f"This {type(model).__name__} has no text tower; leave out --text.")
     if text and (pixels or fold):
         raise ExportError("--pixels and --fold are about the video tower; leave them out with --text.")
     if format == "safetensors" and (text or pixels or fold):
@@ -114,11 +112,18 @@ def check_request(model: nn.Module, path: Path, format: str, text: bool, pixels:
         )
     if format == "onnx":
         need_onnx()
-        if main_dtype(model) == torch.bfloat16:
-            raise ExportError(
-                "onnxruntime computes no bfloat16 on the CPU, so such a file could not be checked. Export "
-                "model.float() (--dtype float32), or --format torch-export."
-            )
+
+
+def check_request(model: nn.Module, format: str, text: bool) -> None:
+    if model.training:
+        raise ExportError("The model is in training mode, in which it drops at random; export model.eval().")
+    if text and not isinstance(model, VideoTextModel):
+        raise ExportError(f"This {type(model).__name__} has no text tower; leave out --text.")
+    if format == "onnx" and main_dtype(model) == torch.bfloat16:
+        raise ExportError(
+            "onnxruntime computes no bfloat16 on the CPU, so such a file could not be checked. Export "
+            "model.float() (--dtype float32), or --format torch-export."
+        )
 
 
 @contextmanager

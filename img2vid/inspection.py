@@ -48,6 +48,9 @@ class Inspection:
     flops_per_clip: int
     flops_image_model: int
     guarantees: dict[str, str]
+    quirks: tuple[str, ...] = ()
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None  # of the classifier, where the folder says
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,8 +75,11 @@ def inspect(source: str | Path, **settings: Any) -> Inspection:
         raise WeightsError(f"{shown(source)} is of type {type(source).__name__}; expected a folder or a name.")
     if "/" in str(source) and ":" not in str(source) and not os.path.exists(source):
         raise WeightsError(f"There is no folder {source}. Give a model folder, or a backbone's name without slashes.")
+    names = None
     if os.path.isdir(source):
-        config = VideoConfig.from_dict({**read_description(Path(source))["video"], **settings})
+        described = read_description(Path(source))
+        config = VideoConfig.from_dict({**described["video"], **settings})
+        names = described.get("class_names") if "num_classes" not in settings else None
         if config.backbone is None:
             raise WeightsError(f"{source} was made from a module passed in by hand; there is no name to look up.")
     else:
@@ -82,7 +88,8 @@ def inspect(source: str | Path, **settings: Any) -> Inspection:
         config.backbone, image_size=config.image_size, arguments=config.backbone_args, on_meta=True
     )
     image_flops = count_flops(backbone.tower, config.num_steps)
-    return examine(build_model(backbone, config), str(source), image_flops)
+    facts = examine(build_model(backbone, config), str(source), image_flops)
+    return facts if names is None else replace(facts, class_names=tuple(names))
 
 
 def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> Inspection:
@@ -113,10 +120,12 @@ def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> 
         feature_dim=feature_dim,
         left_behind=spatial.left_behind + (("rotary position code",) if "rotary" in tower.position else ()),
         parameters=parameters,
-        mode=f"{config.attention} / {config.prefix_mode}",
+        mode=f"{config.attention} / {config.prefix_mode}{' / causal' if config.causal else ''}",
         num_frames=config.num_frames,
         flops_per_clip=flops,
         flops_image_model=image_flops,
+        quirks=config.quirks,
+        num_classes=config.num_classes,
         guarantees={f"{mode} / {prefix}": promise(tower, config, mode, prefix) for mode, prefix in GUARANTEED},
     )
 
@@ -139,7 +148,7 @@ def promise(tower: ImageTower, config: VideoConfig, attention: str, prefix_mode:
         config.prefix_mode,
     ):  # peculiarities are of one mode
         own_time = "zeros" if config.time_embed == "per_patch" else config.time_embed
-        config = replace(config, quirks=(), time_embed=own_time)
+        config = replace(config, quirks=(), time_embed=own_time, causal=False, time_embed_resample=None)
     if attention != "divided_space_time":  # what belongs to divided attention alone is left out elsewhere
         config = replace(config, **{name: getattr(VideoConfig, name) for name in DIVIDED_ONLY}, prefix_mode="per_frame")
     elif config.attention != attention:

@@ -137,6 +137,9 @@ def check_alpha(alpha: float) -> None:
 def check_same(names: Sequence[str], described: Sequence[dict[str, Any]]) -> None:
     """Raise an error with the fields in which models, described as in config.json, differ."""
     settings = [settings_of(one) for one in described]
+    named = [one["class_names"] for one in settings if one["class_names"] is not None]
+    for one in settings:  # not known is not different
+        one["class_names"] = one["class_names"] or next(iter(named), None)
     differing = [field for field in settings[0] if any(one[field] != settings[0][field] for one in settings)]
     if differing:
         lines = [
@@ -151,7 +154,12 @@ def check_same(names: Sequence[str], described: Sequence[dict[str, Any]]) -> Non
 def settings_of(described: dict[str, Any]) -> dict[str, Any]:
     config = VideoConfig.from_dict(described["video"])
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {"kind": described["kind"], "dtype": described["dtype"], **fields}
+    return {
+        "kind": described["kind"],
+        "dtype": described["dtype"],
+        "class_names": described.get("class_names"),
+        **fields,
+    }
 
 
 # ---- the command line

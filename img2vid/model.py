@@ -28,12 +28,13 @@ from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError
 from img2vid.origins import COPIED_KEYS, new_keys, origin_of, zero_names
 from img2vid.overlay import Overlay
+from img2vid.running import Running
 from img2vid.surgery import insert_time, num_shared_tokens
+from img2vid.temporal.causal import make_causal
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.clip import ClipContext
-from img2vid.temporal.embeddings import resample_time_embed, time_of_tokens
+from img2vid.temporal.embeddings import resample_time_embed, time_from, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
-from img2vid.temporal.fusing import Fusing
 from img2vid.temporal.gates import zero_linear
 from img2vid.temporal.infront import own_class, put_in_front, take_from_front
 from img2vid.temporal.pooling import first, mean_over_frames, over
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from img2vid.grafts import Graft
 
 
-class VideoModel(Overlay, Fusing, Saving):
+class VideoModel(Overlay, Running, Saving):
     """An image tower that takes clips.
 
     It is laid over the image model (``img2vid.overlay``): ``self.base`` is that model, and both have the same
@@ -73,6 +74,7 @@ class VideoModel(Overlay, Fusing, Saving):
             tower=describe(image_model),
             clip=ClipContext(),
             image_weights="a module that was given",  # where they come from, for people to read
+            class_names=None,  # what the numbers of the classifier stand for, where that is known
             grafts=(),
         )
         if getattr(image_model, "is_laid_under_video", False):
@@ -99,6 +101,8 @@ class VideoModel(Overlay, Fusing, Saving):
             entrance.block.register_forward_pre_hook(self.enter_time)
         if config.attention == "factorised_encoder":
             self.temporal_encoder = TemporalEncoder(dim, config.encoder_layers).to(**on_device)
+            for block in self.temporal_encoder.blocks if config.causal else ():
+                make_causal(block.attn, self.clip)
             if config.has_time_embed:
                 self.time_embed = nn.Parameter(torch.zeros(1, config.num_steps, dim, **on_device))
         if config.num_classes is not None:
@@ -170,8 +174,11 @@ class VideoModel(Overlay, Fusing, Saving):
         return (x + time_of_tokens(time, x.shape, num_prefix, num_shared).to(x.dtype), *rest)
 
     def time_at(self, num_steps: int) -> Tensor:
-        """Time embedding (1, T, D), or (1, T, N, D) where it is one for each patch, for any T."""
-        return resample_time_embed(self.time_embed, num_steps, self.config.time_embed_resample)
+        """Time embedding (1, T, D), or (1, T, N, D) where each patch has its own, for any T; of a stream the next."""
+        mode, past = self.config.time_embed_resample, self.clip.past
+        if past is not None:
+            return time_from(self.time_embed, past.num_steps, num_steps, mode)
+        return resample_time_embed(self.time_embed, num_steps, mode)
 
     def check(self, clips: Tensor) -> None:
         """Say what is wrong with a clip before a library does in its own terms."""
@@ -258,7 +265,7 @@ class VideoModel(Overlay, Fusing, Saving):
                 take_from_front(block, CheckpointedBlock)
 
 
-class VideoTextModel(Overlay, Fusing, Saving):
+class VideoTextModel(Overlay, Running, Saving):
     """A two-tower image-text model whose image tower takes clips; the text tower is untouched.
 
     Whatever the wrapped class does with images it does with clips, in its own conventions: what ``forward`` returns
@@ -275,6 +282,10 @@ class VideoTextModel(Overlay, Fusing, Saving):
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
         super().__init__(image_text_model, config=config)
         video = VideoModel(image_text_model.visual, config)
+        if video.grafts:
+            from img2vid.grafts.grafting import check_beside_text
+
+            check_beside_text(video.grafts)
         self.config = video.config
         if hasattr(image_text_model, "put_tower"):  # transformers, which calls it vision_model
             image_text_model.put_tower(video)
@@ -323,9 +334,9 @@ class VideoTextModel(Overlay, Fusing, Saving):
 
     def tokenize(self, texts: str | list[str]) -> Tensor:
         """Texts to token ids (B, L), with the tokenizer the text tower was trained with."""
-        from img2vid.backbones.tokenizers import tokenizer_for
+        from img2vid.backbones.tokenizers import tokenize
 
-        return tokenizer_for(self.config.backbone)([texts] if isinstance(texts, str) else texts)
+        return tokenize(self, [texts] if isinstance(texts, str) else texts)
 
     def normalize(self, clips: Tensor) -> Tensor:
         return self.visual.normalize(clips)

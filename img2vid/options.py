@@ -22,6 +22,7 @@ GROUPS = {
         "temporal_layers",
         "temporal_init",
         "gate",
+        "causal",
         "encoder_layers",
         "tubelet_size",
         "tubelet_init",
@@ -53,6 +54,10 @@ def add_settings(groups: dict[str, argparse._ArgumentGroup]) -> None:
             parse, metavar, example = FORMS.get(name, (whole, "N", ""))
             choices = get_args(CHOICES[name]) if name in CHOICES else None
             default = fields[name].default
+            if default is False:
+                about = described.get(name, "").replace("%", "%%")
+                groups[title].add_argument("--" + name, action="store_true", default=argparse.SUPPRESS, help=about)
+                continue
             groups[title].add_argument(
                 "--" + name.replace("_", "-"),
                 type=str if choices else parse,

@@ -146,15 +146,17 @@ def write_torch_export(program: Program, path: Path, metadata: dict[str, str]) -
 
 
 def write_torchscript(program: Program, path: Path, metadata: dict[str, str]) -> Run:
-    try:
-        with warnings.catch_warnings():
-            # of values that may have become constants: whether they have is what ``compare`` finds out
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+    with warnings.catch_warnings():
+        # of values that may have become constants: whether they have is what ``compare`` finds out
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        # that all of it is deprecated: who asks for this format is told in docs/export.md
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=FutureWarning)
+        try:
             traced = torch.jit.trace(program, program.example(*program.recorded_with), check_trace=False)
-        torch.jit.save(traced, path, _extra_files={METADATA: json.dumps(metadata)})
-    except RuntimeError as error:
-        raise ExportError(f"TorchScript cannot record this model ({last_line(error)}). {INSTEAD}") from error
-    return torch.jit.load(path, map_location=next(program.parameters()).device)
+            torch.jit.save(traced, path, _extra_files={METADATA: json.dumps(metadata)})
+        except RuntimeError as error:
+            raise ExportError(f"TorchScript cannot record this model ({last_line(error)}). {INSTEAD}") from error
+        return torch.jit.load(path, map_location=next(program.parameters()).device)
 
 
 def least_steps(program: Program, format: str) -> int:
@@ -210,4 +212,6 @@ def describe(program: Program, format: str) -> dict[str, str]:
     }
     if isinstance(model, VideoTextModel):
         facts["logit_scale"] = repr(model.logit_scale.exp().item())
+    if video.class_names is not None:
+        facts["class_names"] = json.dumps(video.class_names)
     return facts | {f"version.{name}": version for name, version in versions.items()}

@@ -97,6 +97,8 @@ def weights_text(certificate: Certificate) -> str:
 
 def exchange_text(certificate: Certificate) -> str:
     moved = f"a frame's feature moves by {certificate.exchange:.3g} when only the other frames change"
+    if certificate.later is not None:
+        moved = f"{moved}, by {certificate.later:.3g} when only later ones do (causal)"
     if certificate.leak != 0.0:
         return f"{moved}, but by {certificate.leak:.3g} too when only other clips of the batch change"
     strays = [layer.layer for layer in certificate.liveness if layer.stray not in (None, 0.0)]
@@ -261,6 +263,12 @@ def inspection_table(facts: Inspection) -> Group:
         f"FLOPs, {facts.num_frames} frames": f"{facts.flops_per_clip / 1e9:,.1f} G "
         f"({facts.flops_per_clip / facts.flops_image_model:.2f} x the image model per frame)",
     }
+    if facts.num_classes is not None:
+        names = facts.class_names
+        several = f": {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ", without names"
+        rows["classifier"] = f"{facts.num_classes} classes{several}"
+    if facts.quirks:
+        rows["does differently"] = ", ".join(facts.quirks)
     for name, value in rows.items():
         table.add_row(name, value)
     promises = Table(title="Unchanged at step 0", title_justify="left", title_style="bold", show_header=False)

@@ -13,6 +13,7 @@ from img2vid.backbones.reading import block_kind, child, read_block, residual_mo
 from img2vid.backbones.steps import attention_steps, has_steps
 from img2vid.backbones.tower import ImageTower
 from img2vid.config import ConfigError, VideoConfig
+from img2vid.temporal.causal import make_causal
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import inflate_to_tubelets
 from img2vid.temporal.infront import own_class
@@ -61,6 +62,8 @@ def insert_time(tower: ImageTower, config: VideoConfig, clip: ClipContext) -> En
             num_shared_tokens=0 if "prefix_in_time" in config.quirks else num_shared_tokens(tower, config),
             drop_path=0.0 if "no_temporal_drop_path" in config.quirks else drop_path_rate(blocks[i]),
         )
+        if config.causal:
+            make_causal(blocks[i].temporal_attn, clip)
         if config.quirks:
             add_quirks(blocks[i], **quirks_of_block(tower, config, blocks[i]))
     share_prefix_tokens(tower, config, clip)

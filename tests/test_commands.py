@@ -65,3 +65,20 @@ _shtab_img2vid "" "${{COMP_WORDS[COMP_CWORD]}}"; echo "${{COMPREPLY[@]}}"
 def test_the_commands_run_as_modules():
     done = subprocess.run([sys.executable, "-m", "img2vid.demo", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "img2vid demo" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("missing", "statement", "extra"),
+    [
+        ("lightning", "import img2vid.training", "train"),
+        ("torchmetrics", "from img2vid.training.fit import main", "train"),
+        ("lightning", "from img2vid.data.module import VideoData", "train"),
+        ("sklearn", "from img2vid.data.digits import load_digits; load_digits('test')", "eval"),
+        ("matplotlib", "import img2vid.plots", "plot"),
+    ],
+)
+def test_what_is_not_installed_is_named_with_its_extra(missing, statement, extra):
+    code = f"import sys; sys.modules[{missing!r}] = None; {statement}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"pip install 'img2vid[{extra}]'" in done.stderr.strip().splitlines()[-1]

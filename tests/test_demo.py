@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 import img2vid
 from img2vid.cli import main as cli
 from img2vid.demo import story
+from img2vid.demo.page import curves
 from img2vid.evaluation.results import read_result
 
 TINY = story.Size(train=24, val=8, test=16, steps=4, look_every=2)
@@ -67,6 +69,25 @@ def test_the_page_needs_nothing_beside_it(told):
     for when in ("before", "after"):
         assert f"{100 * facts[when]['digits']['value']:.1f} [" in page
     assert "Result      OK" in page  # the certificate
+
+
+def test_pictures_count_steps_as_the_lines_of_the_training_do(told):
+    """The CSV's first step is number 0, the line's is number 1; validations come after whole steps."""
+    _, facts = told
+    assert [step for step, _ in curves(facts["log"], ["val/accuracy"])["val/accuracy"]] == [2, 4]
+    assert [step for step, _ in curves(facts["log"], ["loss"])["loss"]] == [1, 2, 3, 4]
+
+
+def test_training_in_the_demo_says_each_line_once():
+    """Where a library has logged before Lightning was imported, Lightning makes other handlers."""
+    code = (
+        "import logging; logging.info('first'); import lightning.pytorch; "
+        "from img2vid.training.fit import speak_once; speak_once(); speak_once(); "
+        "logging.getLogger('lightning.pytorch.utilities.rank_zero').info('a line'); "
+        "logging.getLogger('lightning.fabric.utilities.seed').info('another')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines() == ["a line", "another"]
 
 
 def test_a_folder_in_use_is_left_alone(told, tmp_path, capsys):

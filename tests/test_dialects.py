@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import sys
 import types
 
@@ -165,7 +166,8 @@ def test_a_vivit_whose_description_does_not_fit(change, message, hf_folders, tmp
     with pytest.raises(WeightsError, match=message):
         img2vid.import_checkpoint(folder(tmp_path / "a", state, **{**config, **change}))
     with pytest.raises(WeightsError, match="comes without its config.json"):
-        img2vid.import_checkpoint(hf_folders / "vivit" / "model.safetensors")
+        alone = shutil.copy(hf_folders / "vivit" / "model.safetensors", tmp_path / "alone.safetensors")
+        img2vid.import_checkpoint(alone)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +293,10 @@ def test_folders_that_are_not_quite_right(tmp_path):
         "act": ({"hidden_act": "mish_2"}, "hidden_act is 'mish_2', which timm does not have. Known: gelu"),
         "deeper": ({"num_hidden_layers": 3}, "missing:\n *timesformer.encoder.layer.2"),
         "frames": ({"image_size": 64}, r"position_embeddings: \(1, 17, 48\) given, \(1, 65, 48\) expected"),
+        "steps": ({"num_frames": 9}, "says num_frames 9, but the weights have time embeddings for 4"),
+        "heads": ({"num_attention_heads": 5}, "num_attention_heads is 5, which hidden_size 48"),
+        "none": ({"num_hidden_layers": 0}, "num_hidden_layers=0: expected a whole number of at least 1"),
+        "size": ({"image_size": "32"}, "image_size='32'"),
         "words": ({"hidden_size": "wide"}, "config.json is not that of transformers' TimeSformer"),
         "other": ({"model_type": "videomae"}, "of no video dialect"),
     }
@@ -298,7 +304,7 @@ def test_folders_that_are_not_quite_right(tmp_path):
         with pytest.raises(WeightsError, match=message):
             img2vid.import_checkpoint(folder(tmp_path / name, state, **{**config, **change}))
     lacking = {k: v for k, v in config.items() if k != "hidden_size"}
-    with pytest.raises(WeightsError, match="config.json is not that of .*KeyError 'hidden_size'"):
+    with pytest.raises(WeightsError, match="config.json is not that of .* it lacks 'hidden_size'"):
         img2vid.import_checkpoint(folder(tmp_path / "lacking", state, **lacking))
     (tmp_path / "lacking" / "config.json").write_text("{")
     with pytest.raises(WeightsError, match="cannot be read as JSON"):
@@ -434,7 +440,7 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(WeightsError, match="not an empty folder"):
         img2vid.export_checkpoint(model, tmp_path / "full", "hf-timesformer")
-    with pytest.raises(WeightsError, match="is a folder; this format is one file"):
+    with pytest.raises(WeightsError, match="is a folder; --format timesformer writes one file"):
         img2vid.export_checkpoint(model, tmp_path / "full", "timesformer")
     with pytest.raises(WeightsError, match="cannot be written"):
         img2vid.export_checkpoint(model, tmp_path / "a.pth" / "b.pth", "timesformer")
@@ -623,11 +629,61 @@ def test_the_commands_know_every_dialect():
     assert set(choices.DIALECTS) == set(DIALECTS)
 
 
+def test_classes_for_the_same_activation_are_one(tmp_path):
+    """torch's GELU(approximate="tanh"), timm's GELUTanh and transformers' gelu_pytorch_tanh are one function."""
+    sizes = {"embed_dim": 64, "depth": 2, "num_heads": 1}
+    model = img2vid.convert(
+        "timm:vit_tiny_patch16_224",
+        random_weights=True,
+        image_size=32,
+        num_frames=4,
+        prefix_mode="shared",
+        backbone_args={**sizes, "activation": "gelu_tanh"},
+    )
+    assert isinstance(model.blocks[0].mlp.act, torch.nn.GELU)
+    img2vid.export_checkpoint(randomize(model), tmp_path / "hf", "hf-timesformer")
+    theirs = transformers.TimesformerModel.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.config.hidden_act == "gelu_pytorch_tanh"
+    clips = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(clips).last_hidden_state[:, 0], model(clips), atol=1e-5, rtol=1e-5)
+    again = img2vid.import_checkpoint(tmp_path / "hf")
+    assert type(again.blocks[0].mlp.act) is not torch.nn.GELU
+    img2vid.export_checkpoint(again, tmp_path / "again", "hf-timesformer")
+
+
+def test_what_else_a_file_may_be_is_said(hf_folders, tmp_path):
+    path = saved(tmp_path / "a.pth", made.lavila())
+    with pytest.raises(WeightsError, match="lacks video_model(.|\n)*By its names it is LaViLa's .* --from lavila"):
+        img2vid.import_checkpoint(path, "frozen-in-time", num_heads=HEADS)
+    with pytest.raises(WeightsError, match="it lacks 'tubelet_size'(.|\n)*--from hf-timesformer"):
+        img2vid.import_checkpoint(hf_folders / "hf-timesformer", "vivit")
+    image = transformers.ViTConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=32)
+    transformers.ViTModel(image).save_pretrained(tmp_path / "vit")
+    with pytest.raises(WeightsError, match="'vit', an image model.*convert --backbone hf:.*vit"):
+        img2vid.import_checkpoint(tmp_path / "vit")
+
+
+def test_a_file_inside_a_folder_of_transformers_is_read_with_what_lies_beside_it(tmp_path):
+    """Its weights alone would say neither the heads nor the activation."""
+    config = transformers.TimesformerConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, image_size=32,
+        patch_size=8, num_frames=4, hidden_act="relu", layer_norm_eps=1e-3,
+    )  # fmt: skip
+    transformers.TimesformerModel(config).save_pretrained(tmp_path / "hf")
+    model = img2vid.import_checkpoint(tmp_path / "hf" / "model.safetensors")
+    assert isinstance(model.blocks[0].mlp.act, torch.nn.ReLU) and model.blocks[0].norm1.eps == 1e-3
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    state = {f"timesformer.{k}": v for k, v in load_file(tmp_path / "hf" / "model.safetensors").items()}
+    unsaid = {key: value for key, value in config.items() if key != "model_type"}
+    assert img2vid.import_checkpoint(folder(tmp_path / "by_names", state, **unsaid)).config.num_frames == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"global_pool": "avg", "fc_norm": False}, r"pooling are \['avg'\] here, \['token'\] there"),
-        ({"activation": "gelu_tanh"}, r"approximations are \['tanh'\] here, \['none'\] there"),
+        ({"activation": "gelu_tanh"}, r"activations are \['gelu_tanh'\] here, \['gelu'\] there"),
         ({"final_norm": False}, r"nothing was written(.|\n)*2 missing:"),
     ],
 )
@@ -644,3 +700,15 @@ def test_what_no_key_and_no_shape_shows_is_compared_too(arguments, message, tmp_
     with pytest.raises(WeightsError, match=message):
         img2vid.export_checkpoint(model, tmp_path / "a.pyth", "timesformer")
     assert not any(tmp_path.iterdir())
+
+
+def test_the_card_of_an_import_says_whose_model_it_is(hf_folders, tmp_path):
+    """It is no conversion: nobody knows where its gates and its attention along time began."""
+    model = img2vid.import_checkpoint(hf_folders / "hf-timesformer")
+    model.save_pretrained(tmp_path / "ours")
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "# hf-timesformer, of transformers' TimeSformer" in card
+    assert "imported from **hf-timesformer**" in card and "nearest_positions" in card
+    assert not any(words in card for words in ("started at zero", "Before training", "base_model"))
+    img2vid.load(tmp_path / "ours").save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card

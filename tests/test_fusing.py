@@ -8,6 +8,7 @@ from torch import nn
 
 import img2vid
 from img2vid.temporal.fusing import FusedProjection
+from img2vid.tuning import freeze
 from tests.conftest import randomize, small_clip, small_vit
 
 FUSIBLE = [
@@ -247,3 +248,89 @@ def test_folded_in_inference_mode_it_still_takes_gradients(clips):
         model(clips)
     model(clips.requires_grad_()).sum().backward()
     assert bool(clips.grad.any())
+
+
+# ---- folded in training
+
+
+def training_gradients(model, clips, prepare=lambda model: None):
+    model.train()
+    prepare(model)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        features = model(clips)
+    features.square().sum().backward()
+    return features.detach(), {name: p.grad for name, p in model.named_parameters()}, sum(kept)
+
+
+def one_after_the_other(model):
+    """A hook that does nothing: who watches a gate sees it work."""
+    for block in model.blocks:
+        block.temporal_fc.register_forward_hook(lambda *call: None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gate": "tanh"}, {"prefix_mode": "shared"}, {"quirks": ("no_temporal_drop_path",)}, {"causal": True}],
+    ids=str,
+)
+def test_in_training_gates_are_folded_and_gradients_reach_both_weights(settings, clips):
+    folded, plain = (make(**settings).double() for _ in range(2))
+    clips = clips.repeat(4, 1, 1, 1, 1)  # what is saved grows with the tokens, what the product takes does not
+    features, gradients, kept = training_gradients(folded, clips.double())
+    expected, wanted, kept_before = training_gradients(plain, clips.double(), one_after_the_other)
+    assert not torch.equal(features, expected), "it is another computation"
+    assert kept < kept_before
+    torch.testing.assert_close(features, expected, atol=1e-12, rtol=1e-12)
+    for name in wanted:
+        torch.testing.assert_close(gradients[name], wanted[name], atol=1e-10, rtol=1e-9, msg=name)
+
+
+def test_folding_keeps_what_zero_gates_promise(clips):
+    """At step 0 the frames' features are the image model's, and gradient reaches the gate and nothing behind it."""
+    model = img2vid.convert(small_vit(), num_frames=3)
+    frames = model.train().frame_features(clips)
+    assert torch.equal(frames.flatten(0, 1), small_vit().train()(clips.flatten(0, 1)))
+    frames.square().sum().backward()
+    block = model.blocks[1]
+    assert block.is_worth_folding(num_tokens=102)
+    assert block.temporal_fc.weight.grad.abs().max() > 0
+    assert block.temporal_attn.proj.weight.grad.abs().max() == 0
+
+
+def test_what_is_wrapped_watched_or_too_small_is_not_folded():
+    block = make().train().blocks[0]
+    assert block.is_worth_folding(num_tokens=49) and not block.is_worth_folding(num_tokens=48)
+    with torch.no_grad():
+        assert not block.is_worth_folding(num_tokens=49)
+    handle = block.temporal_attn.proj.register_forward_hook(lambda *call: None)
+    assert not block.is_worth_folding(num_tokens=49)
+    handle.remove()
+    assert block.is_worth_folding(num_tokens=49)
+    block.temporal_attn.proj = nn.Sequential(block.temporal_attn.proj)
+    assert not block.is_worth_folding(num_tokens=49)
+    assert not make(quirks=("drop_path_before_gate",)).eval().blocks[0].is_worth_folding(num_tokens=49)
+
+
+def test_dropped_before_the_gate_the_gates_bias_stays(clips):
+    model = img2vid.convert(small_vit(drop_path_rate=1.0), num_frames=3, quirks=("drop_path_before_gate",)).train()
+    with torch.no_grad():
+        model.blocks[2].temporal_fc.bias.fill_(1.0)
+    with model.clip.of(3):
+        added = model.blocks[2].branch(torch.randn(6, 17, 48))
+    assert torch.equal(added, torch.ones_like(added)), "every branch is dropped, the bias is not"
+
+
+def test_below_the_first_layer_that_sees_time_a_frozen_trunk_keeps_nothing(clips):
+    """Autograd keeps what a gradient will need, and none goes there."""
+    model = make(temporal_layers="last:1").train()
+    freeze(model, "temporal_only")
+    kept, at_block = [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *call: at_block.append(len(kept)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        model(clips).sum().backward()
+    assert at_block[:3] == [0, 0, 0] and len(kept) > 5
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, _ in model.named_parameters() if "temporal" in name or "time_embed" in name
+    }

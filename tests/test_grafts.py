@@ -26,6 +26,7 @@ from img2vid.grafts.base import Graft
 from img2vid.grafts.grafting import num_parameters, tower_of
 from img2vid.interpolation import interpolate
 from img2vid.objectives import Classification
+from img2vid.streaming import StreamError
 from img2vid.training import Tuning, VideoTraining
 from img2vid.tuning import TuningError, freeze, layer_groups
 from tests.conftest import randomize, small_clip, small_eva, small_vit
@@ -46,6 +47,7 @@ GRAFTS = {
     "control": {"type": "control", "more": 2, "copies": 2},
     "prompts gated": {"type": "prompt", "num_tokens": 4, "form": "gated"},
     "st_adapter in space": {"type": "st_adapter", "bottleneck": 8, "kernel": [3, 3, 3], "init": "up"},
+    "fusion": {"type": "fusion", "towers": ["nano_clip"], "train": True},
 }
 TOWERS = {
     "vit": small_vit,
@@ -146,6 +148,8 @@ def test_folded_is_the_same_without_a_trace(spec, make):
     torch.testing.assert_close(features(model), before, atol=1e-5, rtol=1e-5)
     assert model.state_dict().keys() == img2vid.convert(make(), num_frames=4).state_dict().keys()
     assert all("Grafted" not in type(module).__name__ for module in model.modules())
+    plain = img2vid.convert(make(), num_frames=4)
+    assert type(tower_of(model).tower.blocks[0][1]) is type(tower_of(plain).tower.blocks[0][1])
 
 
 @every_graft
@@ -380,6 +384,17 @@ def test_bad_grafts_are_explained(given, message):
     with pytest.raises(img2vid.Img2VidError, match=message):
         graft(model, [given])
     assert not planted(model) and model.config.grafts == ()
+
+
+@pytest.mark.parametrize("kind", ["aim", "st_adapter"])
+def test_no_graft_looks_ahead_of_a_causal_model(kind):
+    with pytest.raises(GraftError, match="looks both ways"):
+        img2vid.convert(small_vit(), causal=True, grafts=[kind])
+    model = img2vid.convert(small_vit(), attention="space_only", grafts=[kind])
+    with pytest.raises(StreamError, match="through " + kind):
+        model.eval().stream()
+    remove(model)
+    assert model.stream()(torch.zeros(1, 3, 32, 32)).clip.shape == (1, 48)
 
 
 def test_every_type_answers_the_six_questions():

@@ -225,7 +225,7 @@ def test_the_card_of_an_imported_model_says_what_is_different(tmp_path, hub):
     model = img2vid.import_checkpoint(tmp_path / "cc-webvid.pth", num_heads=4)
     model.push_to_hub("someone/frozen")
     text = ModelCard.load(hub.home / "someone/frozen/README.md").text
-    assert "Frozen in Time's video tower: cc-webvid.pth" in text
+    assert "# cc-webvid.pth, of Frozen in Time's video tower" in text
     assert "- `block_input_residual`: attention over space is added to what entered the block" in text
     again = img2vid.VideoModel.from_pretrained("someone/frozen")
     assert equal(model.state_dict(), again.state_dict())

@@ -14,6 +14,7 @@ import yaml
 import img2vid
 from img2vid.cli import main
 from img2vid.config import ConfigError, VideoConfig
+from img2vid.consolidate import consolidate
 from img2vid.data.errors import ListError
 from img2vid.data.lists import read_list
 from img2vid.data.module import VideoData
@@ -257,3 +258,22 @@ def test_losses_that_are_not_finite_stop_the_run_by_name(motion_set, tmp_path):
     with pytest.raises(TrainingError, match=r"classification_loss is not finite at step 1 .*Rows of the training list"):
         fit(module, motion_set, [Break()], default_root_dir=tmp_path)
     assert (tmp_path / "on_exception.ckpt").exists() and not (tmp_path / "model").exists()
+
+
+def test_a_classifier_is_saved_with_the_names_of_its_classes(motion_set, tmp_path, capsys):
+    names = read_list(motion_set / "train.csv").class_names
+    module = VideoTraining(
+        VideoConfig("nano_clip", num_frames=2, num_classes=8), Classification(), save_to=tmp_path / "a"
+    )
+    fit(module, motion_set, default_root_dir=tmp_path, enable_checkpointing=True)
+    assert img2vid.load(tmp_path / "a").class_names == names
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert consolidate(checkpoint).class_names == names
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    assert f"8 classes: {names[0]}" in capsys.readouterr().out
+    again = VideoTraining(VideoConfig(), Classification(), start_from=str(tmp_path / "a"), save_to=tmp_path / "b")
+    for other in (list(reversed(names)), ["waiting", *names]):  # numbers would mean other classes
+        with pytest.raises(ConfigError, match="numbered otherwise"):
+            fit(again, motion_set, data={"classes": other}, default_root_dir=tmp_path)
+    fit(again, motion_set, data={"classes": list(names)}, default_root_dir=tmp_path)
+    assert img2vid.load(tmp_path / "b").class_names == names

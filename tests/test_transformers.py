@@ -483,3 +483,35 @@ def test_texts_are_filled_up_as_in_training(tmp_path):
     assert tokens.tolist() == [[97, 3, 96, 0, 0], [97, 4, 5, 6, 96]]
     alone = model.encode_text(model.tokenize("word3"))
     torch.testing.assert_close(model.encode_text(tokens)[:1], alone, rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_that_is_none_or_another_models_is_refused(tmp_path):
+    """transformers makes one of special tokens from config.json alone, to which all texts are the same."""
+    make("BlipForImageTextRetrieval").save_pretrained(tmp_path / "blip")
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "blip")("word1 word2")["input_ids"]) == 4
+    model = img2vid.convert(f"hf:{tmp_path / 'blip'}")
+    with pytest.raises(BackboneError, match="holds no tokenizer: .* without a single word"):
+        model.tokenize(["word1 word2"])
+    words = ["[PAD]", "[SEP]", "[CLS]", "[UNK]", *(f"word{i}" for i in range(4, 200))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "blip")
+    assert model.tokenize(["word5"]).tolist() == [[2, 5, 1]]
+    with pytest.raises(BackboneError, match="not its text tower's: it gives the id 199"):
+        model.tokenize(["word199"])
+
+
+def test_folders_of_transformers_given_in_the_wrong_place_are_sent_to_the_right_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make("BlipForImageTextRetrieval").save_pretrained(tmp_path / "blip")
+    config = transformers.VivitConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=32, num_frames=2
+    )
+    transformers.VivitModel(config).save_pretrained(tmp_path / "vivit")
+    with pytest.raises(WeightsError, match=r"transformers \(blip\).*img2vid convert --backbone hf:.*blip"):
+        img2vid.load(tmp_path / "blip")
+    with pytest.raises(WeightsError, match=r"transformers \(vivit\).*img2vid import .*vivit"):
+        img2vid.load(tmp_path / "vivit")
+    with pytest.raises(BackboneError, match=r"It is a video model already: img2vid import .*vivit"):
+        img2vid.convert(f"hf:{tmp_path / 'vivit'}")
+    with pytest.raises(BackboneError, match=r"is a file. Give the folder that holds it: hf:blip"):
+        img2vid.convert("hf:blip/model.safetensors")

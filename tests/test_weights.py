@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+import img2vid
 from img2vid.errors import WeightsError
 from img2vid.weights.accounting import load_weights, read_state_dict
+from tests.parity import made
 
 
 class RunsCode:
@@ -122,3 +124,10 @@ def test_differences_named_by_pattern_are_reported():
     assert torch.equal(model[0].bias, torch.ones(2))
     with pytest.raises(WeightsError):  # a pattern matches whole keys, not parts
         load_weights(model, state, allow_new=["1"], allow_dropped=["head"])
+
+
+def test_a_published_video_checkpoint_is_sent_to_import(tmp_path):
+    torch.save(made.lavila(num_frames=2), tmp_path / "lavila.pth")
+    sizes = {"embed_dim": made.DIM, "depth": made.DEPTH, "num_heads": made.HEADS, "patch_size": made.PATCH}
+    with pytest.raises(WeightsError, match="is a video model's, not an image model's(.|\n)*img2vid import"):
+        img2vid.convert("timm:vit_base_patch16_224", weights=tmp_path / "lavila.pth", backbone_args=sizes)

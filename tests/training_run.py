@@ -2,6 +2,7 @@
 writes a line ``step loss`` (the loss as exact hexadecimal) for each batch to OUT/losses-RANK.txt.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -155,4 +156,5 @@ class Losses(pl.Callback):
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(250, exit=True)  # a hang says where it is
     run(**json.loads(sys.argv[1]))

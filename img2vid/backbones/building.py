@@ -58,8 +58,11 @@ def say_loading(name: str, model: nn.Module, weights: str | Path | None, random_
     if weights is not None:
         size = f", {bytes_of(Path(weights)) / 1e6:,.0f} MB" if os.path.isfile(weights) else ""
         source = f"from {weights}{size}"
+    elif random_weights:
+        source = "with random weights"
     else:
-        source = "with random weights" if random_weights else "from its library's cache, or downloading it"
+        folder = os.path.isabs(name.removeprefix("hf:"))  # relative ones are made absolute when names are parsed
+        source = "from that folder" if folder else "from its library's cache, or downloading it"
     log.info("Building %s (%s%.1f M parameters) %s.", name, part, millions, source)
 
 

@@ -30,6 +30,7 @@ from img2vid.weights.accounting import LoadReport, listed, read_state_dict
 LOCAL_WAY = "download it elsewhere, and give the folder: --backbone hf:FOLDER"
 
 
+VIDEO_TYPES = ("timesformer", "vivit")  # what img2vid import takes in
 # model_type of config.json: the classes it can be loaded as, the first where the checkpoint is of none of them. A
 # classifier is left out, as it is everywhere where a backbone is loaded by name.
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
@@ -131,6 +132,8 @@ def fetch_config(name: BackboneName, arguments: dict[str, Any]) -> Any:
         if "kind" in content and "video" in content:
             raise BackboneError(f"{place} already is a model of img2vid: img2vid.load({place!r}).")
     elif content is None:
+        if os.path.isfile(place):
+            raise BackboneError(f"{place} is a file. Give the folder that holds it: hf:{os.path.dirname(place) or '.'}")
         what = f"{CONFIG} of {name}, which says what model it is"
         with building(str(name), {}), fetching(what, (LOCAL_WAY, ONLINE)):
             content, _ = PretrainedConfig.get_config_dict(place, revision=arguments.get("revision"))
@@ -142,6 +145,8 @@ def fetch_config(name: BackboneName, arguments: dict[str, Any]) -> Any:
         raise BackboneError(
             f"{name} is of model_type {shown(model_type)}, which cannot become a video model here.{hint} Supported "
             f"of transformers are {', '.join(MODEL_TYPES)}. Others may exist in timm or open_clip."
+            + f" It is a video model already: img2vid import {place}"
+            * (model_type in VIDEO_TYPES)
         )
     with building(str(name), {}):
         return CONFIG_MAPPING[model_type].from_dict(content)
@@ -305,7 +310,9 @@ def load_tokenizer(name: BackboneName) -> Any:
         if not os.path.isdir(place):
             raise BackboneError(f"There is no folder {place}, where the tokenizer was. Give another with --tokenizer.")
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return with_words(AutoTokenizer.from_pretrained(place), place)
+        except BackboneError:
+            raise
         except Exception as error:  # of many kinds, by what of the tokenizer's files is missing
             reason = str(error).strip().splitlines()[0]
             raise BackboneError(
@@ -314,4 +321,14 @@ def load_tokenizer(name: BackboneName) -> Any:
             ) from error
     ways_out = (LOCAL_WAY, ONLINE, "or make token ids yourself, with the tokenizer the text tower was trained with")
     with building(str(name), {}), fetching(f"the tokenizer of {name}", ways_out):
-        return AutoTokenizer.from_pretrained(place)
+        return with_words(AutoTokenizer.from_pretrained(place), place)
+
+
+def with_words(tokenizer: Any, place: str) -> Any:
+    """Where config.json is all there is, transformers makes a tokenizer of special tokens alone, and says nothing."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise BackboneError(
+            f"{place} holds no tokenizer: transformers makes one without a single word there. Put the files of the "
+            "model's own there: tokenizer.json, or vocab.txt and the like. (img2vid caption takes --tokenizer FOLDER.)"
+        )
+    return tokenizer

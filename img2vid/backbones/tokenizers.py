@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from torch import Tensor
 
 from img2vid.backbones.hub import ONLINE, fetching
 from img2vid.backbones.names import parse_name
 from img2vid.errors import BackboneError
+
+
+def tokenize(model: Any, texts: list[str]) -> Tensor:
+    """Token ids (n, L) of texts for a video-text model.
+
+    Raises:
+        BackboneError: there is no tokenizer, or it has ids that the text tower has not.
+    """
+    backbone = model.config.backbone
+    ids, known = tokenizer_for(backbone)(texts), getattr(model, "vocab_size", None)
+    if isinstance(known, int) and ids.numel() and int(ids.max()) >= known:
+        raise BackboneError(
+            f"The tokenizer of {backbone} is not its text tower's: it gives the id {int(ids.max())}, the tower knows "
+            f"ids up to {known - 1}. Put the files of the tokenizer that it was trained with in the place of these."
+        )
+    return ids
 
 
 @cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from img2vid._version import __version__
 from img2vid.backbones.names import parse_name
+from img2vid.checkpoints.importing import DIALECTS
 from img2vid.config import QUIRKS, VideoConfig
 from img2vid.proof.guarantees import Guarantee
 
@@ -56,6 +57,8 @@ def model_card(
         else 'text = model.encode_text(model.tokenize(["a photo of a cat", "a photo of a dog"]), normalize=True)\n'
         "scores = model.encode_video(clips, normalize=True) @ text.T"
         if has_text
+        else "print(model.class_names[model(clips).argmax()])"
+        if video.class_names
         else "output = model(clips)"
     )
     proven = (
@@ -75,11 +78,7 @@ tags:
 - video
 ---
 
-# {source} as a video model
-
-A {kind} made from **{source}** by img2vid {__version__}. {origin_of_weights(video)}
-
-{step_zero(video, moved)}{trained}
+{heading(kind, source, video, moved)}{trained}
 
 | setting | value |
 |---|---|
@@ -98,6 +97,22 @@ model = img2vid.load("this folder")
 {run}
 ```
 """
+
+
+def heading(kind: str, source: str, video: VideoModel, moved: list[bool]) -> str:
+    """Title and first paragraphs: a conversion of an image model, or somebody's video model taken in."""
+    theirs = next((d.title for d in DIALECTS.values() if video.image_weights.startswith(f"{d.title}: ")), None)
+    if theirs is None:
+        return (
+            f"# {source} as a video model\n\nA {kind} made from **{source}** by img2vid {__version__}. "
+            f"{origin_of_weights(video)}\n\n{step_zero(video, moved)}"
+        )
+    name = video.image_weights.removeprefix(f"{theirs}: ")
+    return (
+        f"# {name}, of {theirs}\n\nA {kind} that img2vid {__version__} has imported from **{name}**, a "
+        f"checkpoint of {theirs}: every key is accounted for, and where nothing was resampled it computes what its "
+        f"authors' code computes. The image model inside, of the sizes below, is {source}, under that library's names."
+    )
 
 
 def told_arguments(config: VideoConfig) -> dict[str, Any]:
@@ -150,6 +165,8 @@ def step_zero(video: VideoModel, moved: list[bool]) -> str:
         text += f" The patch projection is the image model's divided by {config.tubelet_size}, once for each frame."
     if config.attention == "divided_space_time":
         text += f" {BRANCHES[config.gate]}, {ATTENTIONS[config.temporal_init]}."
+    if config.causal:
+        text += " A frame sees itself and earlier frames only, so frames can be shown one at a time: model.stream()."
     if config.num_classes is not None:
         text += " The classifier on top of it started at zero."
     if any(moved):

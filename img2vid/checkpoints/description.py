@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from img2vid._version import __version__
+from img2vid.backbones.from_transformers import VIDEO_TYPES
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import WeightsError
 
@@ -25,6 +26,10 @@ def check_description(described: Any, path: Path, newest: int) -> None:
     if not isinstance(described, dict):
         raise WeightsError(f"{path} holds a {type(described).__name__}, expected fields by name.")
     missing = [field for field in ("kind", "video", "dtype", "preprocess") if field not in described]
+    if missing and "model_type" in described:
+        kind, place = described["model_type"], path.parent
+        do = f"img2vid import {place}" if kind in VIDEO_TYPES else f"img2vid convert --backbone hf:{place}"
+        raise WeightsError(f"{place} is a model of transformers ({kind}), not of img2vid. To make it one: {do}")
     if missing:
         raise WeightsError(f"{path} lacks {', '.join(missing)}; it was not written by img2vid.")
     if is_whole(described.get("format", newest)) and described.get("format", newest) > newest:
@@ -48,15 +53,20 @@ def check_description(described: Any, path: Path, newest: int) -> None:
         ) from error
 
 
+def activation_modules(model: nn.Module) -> list[nn.Module]:
+    """Activations without weights, of torch and of the libraries."""
+    homes = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
+    return [
+        m
+        for m in model.modules()
+        if (type(m).__module__.startswith(homes) or type(m).__name__ == "QuickGELU") and not [*m.parameters()]
+    ]
+
+
 def structure(model: nn.Module) -> dict[str, list]:
     """What decides a model's function and cannot be seen in the names and shapes of its weights."""
     modules = list(model.modules())
-    homes = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
-    activations = [
-        type(m).__name__
-        for m in modules
-        if (type(m).__module__.startswith(homes) or type(m).__name__ == "QuickGELU") and not [*m.parameters()]
-    ]
+    activations = [type(m).__name__ for m in activation_modules(model)]
     return {
         "num_heads": sorted(
             {
@@ -106,6 +116,10 @@ def is_floating_dtype(value: Any) -> bool:
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
+def is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def is_rgb(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(n, (int, float)) for n in value)
 
@@ -115,6 +129,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
     "dtype": (is_floating_dtype, "a floating point type of torch, such as float32"),
     "structure": (lambda value: value is None or isinstance(value, dict), "heads, norms and activations by name"),
+    "class_names": (lambda value: value is None or is_names(value), "a list of texts, or null"),
     "image_weights": (lambda value: value is None or isinstance(value, str), "a text, or null"),
     "video": (lambda value: isinstance(value, dict), "the settings of a VideoConfig by name"),
     "video.backbone": (lambda value: value is None or isinstance(value, str), "a backbone's name, or null"),

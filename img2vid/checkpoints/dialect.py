@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from img2vid.backbones.hf_folder import read_config, read_folder, read_pixels
+from img2vid.backbones.hf_folder import CONFIG, FILES, read_config, read_folder, read_json, read_pixels
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.native import HEADER
 from img2vid.config import VideoConfig
@@ -44,6 +44,9 @@ class Foreign:
             WeightsError: it cannot be read, or holds no weights.
         """
         path = Path(path)
+        beside = path.parent if path.name in FILES and path.is_file() else None
+        if beside is not None and "model_type" in (read_json(beside / CONFIG) or {}):
+            path = beside  # heads, activation and eps are in the folder, and not in the weights
         if not path.is_dir():
             file = read_weights(path)
             if is_ours(path):  # by names alone it could pass for a TimeSformer
@@ -122,8 +125,8 @@ def account(dialect: Dialect, file: Foreign, expected: Mapping[str, Tensor]) -> 
     Args:
         expected: what a model of that kind and size has, under their names, on any device.
 
-    Raises:
-        WeightsError: keys missing, unexpected or misshapen, as sorted lists.
+    Returns:
+        A report that is not ``ok`` where keys are missing, unexpected or misshapen.
     """
     given = dialect.with_prefix(file.state)
     report = LoadReport()
@@ -139,9 +142,4 @@ def account(dialect: Dialect, file: Foreign, expected: Mapping[str, Tensor]) -> 
             report.misshapen.append(f"{key}: {given[key].dtype} given, numbers with a fraction expected")
         else:
             report.loaded.append(key)
-    if not report.ok:
-        raise WeightsError(
-            f"{file.path} is no complete checkpoint of {dialect.title}, nothing was imported: {report}\n"
-            "Another --from may be meant (img2vid import --help lists them)."
-        )
     return report

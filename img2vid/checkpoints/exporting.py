@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from img2vid.backbones.activations import name_of
 from img2vid.backbones.hf_folder import CONFIG, FILES, PIXELS, RESAMPLING
 from img2vid.backbones.tower import Preprocess
-from img2vid.checkpoints.description import structure
+from img2vid.checkpoints.description import activation_modules, structure
 from img2vid.checkpoints.dialect import Dialect, Foreign, account
 from img2vid.checkpoints.folders import replacing
 from img2vid.checkpoints.importing import DIALECTS, described
@@ -35,6 +36,7 @@ DECISIVE = (
     "prefix_mode",
     "temporal_layers",
     "gate",
+    "causal",
     "time_embed",
     "num_frames",
     "tubelet_size",
@@ -60,11 +62,21 @@ def export_checkpoint(model: VideoModel | VideoTextModel, path: str | Path, form
             not what the video model computes.
     """
     one_of("format", format, FORMATS)
+    check_place(Path(path), format)
     if format == "image":
         return export_image(model, Path(path))
     if isinstance(model, VideoTextModel):
         raise WeightsError(f"{DIALECTS[format].title} has no text tower. Export model.visual, or --format image.")
     return export_dialect(model, Path(path), DIALECTS[format])
+
+
+def check_place(path: Path, format: str) -> None:
+    """Whether an export of that format may be written there, before any work is done for it."""
+    if format != "image" and DIALECTS[format].configuration is not None:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise WeightsError(f"{path} is not an empty folder, so nothing was written. Choose another one.")
+    elif path.is_dir():
+        raise WeightsError(f"{path} is a folder; --format {format} writes one file. Give its name.")
 
 
 def export_image(model: VideoModel | VideoTextModel, path: Path) -> list[str]:
@@ -75,7 +87,7 @@ def export_image(model: VideoModel | VideoTextModel, path: Path) -> list[str]:
     if open_gates:
         raise WeightsError(
             f"Gates of this model are open, so its image model is another function: {in_a_row(open_gates, most=5)}. To "
-            " go back first: img2vid interpolate image FOLDER --alpha 0."
+            "go back first: img2vid interpolate image FOLDER --alpha 0."
         )
     if video.config.attention == "divided_space_time" and video.config.gate == "none":
         raise WeightsError("This model has no gates, so the image model inside it is another function.")
@@ -115,9 +127,9 @@ def compare(model: VideoModel, dialect: Dialect, file: Foreign) -> list[str]:
     for quirk in sorted(set(own.quirks) ^ set(config.quirks)):
         has = "this model has it, the dialect not" if quirk in own.quirks else "the dialect has it, this model not"
         (notes if quirk in IN_TRAINING_OR_OTHER_SIZES else wrong).append(f"quirk {quirk}: {has}")
-    for name, value in structure(again).items():
-        if structure(model)[name] != value:
-            wrong.append(f"{name} are {structure(model)[name]} here, {value} there")
+    for name, value in function_of(again).items():
+        if (here := function_of(model)[name]) != value:
+            wrong.append(f"{name} are {here} here, {value} there")
     if again.tower.image_size != model.tower.image_size:
         wrong.append(f"image size is {model.tower.image_size} here, {again.tower.image_size} there")
     if wrong:
@@ -125,12 +137,12 @@ def compare(model: VideoModel, dialect: Dialect, file: Foreign) -> list[str]:
             f"{dialect.title} is another function than this model, nothing was written: {'; '.join(wrong)}. Convert or "
             "import with the settings of the dialect to train a model that can be exported."
         )
-    try:
-        account(dialect, file, dialect.to_theirs(again.state_dict(), config))
-    except WeightsError as error:
+    report = account(dialect, file, dialect.to_theirs(again.state_dict(), config))
+    if not report.ok:
         raise WeightsError(
-            f"{dialect.title} has other weights than this model, nothing was written. {error}"
-        ) from error
+            f"{dialect.title} has other weights than this model, nothing was written. In its names (missing: what it "
+            f"has and this model lacks): {report}"
+        )
     rate = own.backbone_args.get("drop_path_rate", 0.0)
     there = config.backbone_args.get("drop_path_rate", 0.0)
     if rate != there:
@@ -140,12 +152,17 @@ def compare(model: VideoModel, dialect: Dialect, file: Foreign) -> list[str]:
     return notes
 
 
+def function_of(model: VideoModel) -> dict[str, list]:
+    """``structure``, with activations by what they compute: torch and the libraries have classes for the same one."""
+    facts = structure(model)
+    del facts["approximations"]  # of GELU, and part of the names below
+    return {**facts, "activations": sorted({name_of(m) or type(m).__name__ for m in activation_modules(model)})}
+
+
 # ---- files
 
 
 def write_folder(folder: Path, state: State, configuration: dict, pixels: Preprocess) -> None:
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise WeightsError(f"{folder} is not an empty folder, so nothing was written. Choose another one.")
     resample = {name: number for number, name in RESAMPLING.items()}
     described_pixels = {
         "do_rescale": True,
@@ -164,8 +181,6 @@ def write_folder(folder: Path, state: State, configuration: dict, pixels: Prepro
 
 def write_file(path: Path, write: Callable[[str], None]) -> None:
     """All of a file or nothing: under another name first, then renamed."""
-    if path.is_dir():
-        raise WeightsError(f"{path} is a folder; this format is one file. Give its name.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".img2vid-export-") as home:

@@ -61,6 +61,12 @@ def describe(file: Foreign) -> VideoConfig:
             f"{file.path}: config.json says attention_type {file.config.get('attention_type')!r}, but the weights are "
             f"those of {settings['attention']!r}. One of them belongs to another model."
         )
+    frames = (file.config or {}).get("num_frames", settings["num_frames"])
+    if settings["attention"] != "space_only" and frames != settings["num_frames"]:
+        raise WeightsError(
+            f"{file.path}: config.json says num_frames {frames}, but the weights have time embeddings "
+            f"for {settings['num_frames']}. One of them belongs to another model. (--num-frames changes T at import.)"
+        )
     if settings["attention"] == "space_only":
         settings["num_frames"] = (file.config or {}).get("num_frames", settings["num_frames"])
         settings["quirks"] = ()  # its logits are of frames, so the mean comes last, as it does here
@@ -69,8 +75,8 @@ def describe(file: Foreign) -> VideoConfig:
 
 
 def recognise(file: Foreign) -> bool:
-    if file.config is not None:
-        return file.config.get("model_type") == "timesformer"
+    if file.config is not None and "model_type" in file.config:
+        return file.config["model_type"] == "timesformer"
     return any(key.startswith(PREFIX) for key in file.state)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from img2vid.backbones.from_transformers import MODEL_TYPES
 from img2vid.checkpoints.dialect import Dialect, Foreign, account
 from img2vid.checkpoints.frozen_in_time import FROZEN_IN_TIME
 from img2vid.checkpoints.hf_timesformer import HF_TIMESFORMER
@@ -18,8 +19,9 @@ from img2vid.checkpoints.rebuilding import build_backbone
 from img2vid.checkpoints.timesformer import TIMESFORMER
 from img2vid.checkpoints.vivit import VIVIT
 from img2vid.choices import POS_EMBED_RESAMPLE
-from img2vid.config import VideoConfig, image_size_pair, one_of, whole_number
-from img2vid.errors import WeightsError
+from img2vid.class_names import from_id2label
+from img2vid.config import ConfigError, VideoConfig, image_size_pair, one_of, whole_number
+from img2vid.errors import BackboneError, WeightsError
 from img2vid.model import VideoModel, build_model
 from img2vid.temporal.embeddings import resample_patch_times, resample_pos_embed, resample_time_embed
 from img2vid.weights.accounting import LoadReport, load_weights
@@ -72,8 +74,13 @@ def import_with_report(
     one_of("dialect", dialect, ("auto", *DIALECTS))
     file = Foreign.read(path, None if num_heads is None else whole_number("num_heads", num_heads))
     spoken = detect(file) if dialect == "auto" else DIALECTS[dialect]
-    native, skeleton = described(spoken, file)
+    native, skeleton = read_as(spoken, file)
     report = account(spoken, file, spoken.to_theirs(skeleton.state_dict(), native))
+    if not report.ok:
+        raise WeightsError(
+            f"{file.path} is no complete checkpoint of {spoken.title}, nothing was imported: {report}"
+            f"{other_than(spoken, file)}"
+        )
     wanted = {} if num_frames is None else {"num_frames": num_frames}
     if image_size is not None:
         wanted["image_size"] = image_size_pair(image_size)
@@ -83,6 +90,7 @@ def import_with_report(
     model = fresh(config)
     report.resampled = fit(ours, skeleton.tower, model, pos_embed_resample)
     load_weights(model, ours, source=str(file.path), keep_dtypes=True)
+    model.class_names = names_in(file, config.num_classes)
     model.tower.preprocess = file.pixels or spoken.pixels
     how = f" ({'; '.join(report.resampled)})" if report.resampled else ""
     model.image_weights = f"{spoken.title}: {Path(path).name}{how}"
@@ -96,9 +104,15 @@ def detect(file: Foreign) -> Dialect:
     Raises:
         WeightsError: none does.
     """
-    found = [dialect for dialect in DIALECTS.values() if dialect.recognise(file)]
+    found = recognised(file)
     if len(found) == 1:
         return found[0]
+    model_type = (file.config or {}).get("model_type")
+    if model_type in MODEL_TYPES:
+        raise WeightsError(
+            f"{file.path} is transformers' {model_type!r}, an image model. It is not imported but converted: img2vid "
+            f"convert --backbone hf:{file.path}"
+        )
     names = ", ".join(sorted(file.state)[:6])
     raise WeightsError(
         f"{file.path} is of no video dialect known here (its keys: {names}, ...). Say which is meant, with --from "
@@ -107,14 +121,48 @@ def detect(file: Foreign) -> Dialect:
     )
 
 
+def recognised(file: Foreign) -> list[Dialect]:
+    return [dialect for dialect in DIALECTS.values() if dialect.recognise(file)]
+
+
+def other_than(dialect: Dialect, file: Foreign) -> str:
+    """A line on what else the file may be, after one on why it is not what it was taken for."""
+    others = [other for other in recognised(file) if other is not dialect]
+    if not others:
+        return ""
+    return f"\nBy its names it is {others[0].title}: --from {others[0].name}."
+
+
+def read_as(dialect: Dialect, file: Foreign) -> tuple[VideoConfig, VideoModel]:
+    """``described``; what is wrong is said with what else the file may be."""
+    try:
+        return described(dialect, file)
+    except WeightsError as error:
+        raise WeightsError(f"{error}{other_than(dialect, file)}") from error
+
+
 def described(dialect: Dialect, file: Foreign) -> tuple[VideoConfig, VideoModel]:
     """What model a file holds, and that model without numbers."""
+    what = "weights are not those" if file.config is None else "config.json is not that"
     try:
         config = dialect.describe(file)
-    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-        what = "weights are not those" if file.config is None else "config.json is not that"
+        return config, fresh(config, on_meta=True)
+    except (ConfigError, BackboneError) as error:
+        raise WeightsError(f"{file.path}: its {what} of {dialect.title}: {error}") from error
+    except KeyError as error:
+        raise WeightsError(f"{file.path}: its {what} of {dialect.title}: it lacks {error}.") from error
+    except (IndexError, TypeError, ZeroDivisionError) as error:
         raise WeightsError(f"{file.path}: its {what} of {dialect.title}: {type(error).__name__} {error}.") from error
-    return config, fresh(config, on_meta=True)
+
+
+def names_in(file: Foreign, num_classes: int | None) -> tuple[str, ...] | None:
+    """What a classifier's classes are called, where the folder says."""
+    if num_classes is None or file.config is None:
+        return None
+    try:
+        return from_id2label(file.config.get("id2label"), num_classes)
+    except ConfigError as error:
+        raise WeightsError(f"{file.path}: {error}") from error
 
 
 def fresh(config: VideoConfig, on_meta: bool = False) -> VideoModel:

@@ -29,6 +29,7 @@ from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.description import check_description, check_structure, structure
 from img2vid.checkpoints.folders import LEFTOVER, replacing
 from img2vid.checkpoints.rebuilding import build_backbone, check_rebuildable
+from img2vid.class_names import checked_class_names
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError, WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
@@ -133,11 +134,13 @@ def describe_model(model: VideoModel | VideoTextModel) -> dict[str, Any]:
 
     video = model.visual if isinstance(model, VideoTextModel) else model
     pixels = video.tower.preprocess
+    names = checked_class_names(video.class_names, video.config.num_classes)
     described = {
         "format": FORMAT,
         "kind": "VideoTextModel" if isinstance(model, VideoTextModel) else "VideoModel",
         "dtype": str(main_dtype(model)).removeprefix("torch."),
         "image_weights": video.image_weights,
+        **({} if names is None else {"class_names": list(names)}),
         "video": model.config.to_dict(),
         "structure": structure(model),
         "preprocess": {"mean": pixels.mean, "std": pixels.std, "interpolation": pixels.interpolation},
@@ -187,6 +190,7 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
         backbone = wrap_module(image_model, config.image_size) if image_model is not None else build_backbone(config)
         backbone.model.to(getattr(torch, described["dtype"]))
         model = build_model(backbone, config)
+        names = checked_class_names(described.get("class_names"), config.num_classes)
     except (BackboneError, ConfigError) as error:
         raise WeightsError(f"What {folder / CONFIG} describes cannot be built here: {error}") from error
     if type(model).__name__ != described["kind"]:
@@ -202,6 +206,7 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     pixels = described["preprocess"]
     video.tower.preprocess = Preprocess(tuple(pixels["mean"]), tuple(pixels["std"]), pixels["interpolation"])
     video.image_weights = described.get("image_weights") or UNKNOWN
+    video.class_names = names
     return model.eval()
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from img2vid.backbones.activations import HF_NAMES, name_of
 from img2vid.checkpoints.dialect import Foreign
+from img2vid.class_names import to_id2label
+from img2vid.config import ConfigError, image_size_pair, whole_number
 from img2vid.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -122,17 +124,24 @@ def sizes_of(file: Foreign, *, block: str, conv: str, fc1: str, qkv: str) -> dic
 def from_hf(file: Foreign, config: dict[str, Any]) -> dict[str, Any]:
     """The same of a transformers ViT, from its ``config.json``."""
     act = config.get("hidden_act", "gelu")
-    if act not in HF_NAMES:
+    if not isinstance(act, str) or act not in HF_NAMES:
         raise WeightsError(
             f"{file.path}: hidden_act is {act!r}, which timm does not have. Known: {', '.join(HF_NAMES)}."
         )
-    size = config["image_size"]
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        whole_number(name, config[name])
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise ConfigError(
+            f"num_attention_heads is {config['num_attention_heads']}, which hidden_size {config['hidden_size']} does "
+            "not divide into."
+        )
+    size = image_size_pair(config["image_size"])
     return {
         "dim": config["hidden_size"],
         "depth": config["num_hidden_layers"],
         "num_heads": config["num_attention_heads"],
         "hidden": config["intermediate_size"],
-        "image_size": tuple(size) if isinstance(size, (list, tuple)) else (size, size),
+        "image_size": size,
         "in_channels": config.get("num_channels", 3),
         "qkv_bias": config.get("qkv_bias", True),
         "activation": HF_NAMES[act],
@@ -170,6 +179,5 @@ def to_hf(model: VideoModel, bare: str, with_classifier: str) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
     }
     if classes is not None:
-        described["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
-        described["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
+        described |= to_id2label(model.class_names, classes)
     return described

@@ -102,8 +102,8 @@ def describe(file: Foreign) -> VideoConfig:
 
 
 def recognise(file: Foreign) -> bool:
-    if file.config is not None:
-        return file.config.get("model_type") == "vivit"
+    if file.config is not None and "model_type" in file.config:
+        return file.config["model_type"] == "vivit"
     return any(key.startswith("vivit.") for key in file.state)
 
 

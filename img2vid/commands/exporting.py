@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from img2vid.choices import EXPORT_FORMATS, PROGRAM_FORMATS
@@ -54,9 +55,10 @@ def main(argv: Sequence[str]) -> int:
 def export_as_checkpoint(progress: Progress, folder: str, format: str, out: str, **programs: Any) -> None:
     if given := [f"--{name}" for name in PROGRAM_OPTIONS if programs[name]]:
         raise Img2VidError(f"{', '.join(given)}: only for --format {', '.join(PROGRAM_FORMATS)}, not for {format}.")
-    from img2vid.checkpoints.exporting import export_checkpoint
+    from img2vid.checkpoints.exporting import check_place, export_checkpoint
     from img2vid.checkpoints.native import load
 
+    check_place(Path(out), format)
     with progress.stage(f"Loading {folder}"):
         model = load(folder)
     with progress.stage(f"Writing {out}"):
@@ -69,8 +71,9 @@ def export_as_program(progress: Progress, folder: str, format: str, out: str, dt
     import torch
 
     from img2vid.checkpoints.native import load
-    from img2vid.export import export_program
+    from img2vid.export import check_place, export_program
 
+    check_place(Path(out), format, **asked)
     with progress.stage(f"Loading {folder}"):
         model = load(folder)
         if dtype is not None:

@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     )
     config = model.config
     progress.say(f"It is {dialect.title}: {config.attention}, {config.num_frames} frames, prefix {config.prefix_mode}.")
+    if names := model.class_names:
+        progress.say(f"Classes: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)}).")
     progress.say(f"Keys: {len(report.loaded)} loaded, {len(report.dropped)} dropped on purpose, none left over.")
     for difference in report.differences:
         progress.say(difference)

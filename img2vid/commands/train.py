@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from img2vid.errors import Img2VidError
-
 
 def make_parser() -> argparse.ArgumentParser:
     """The most used options; every argument of model, data and trainer is one too."""
@@ -50,11 +48,7 @@ OFTEN = {
 def main(argv: Sequence[str]) -> int:
     if list(argv) in (["--help"], ["-h"]):
         make_parser().parse_args(argv)  # prints and leaves
-    try:
-        from img2vid.training.fit import main
-    except ModuleNotFoundError as error:
-        if error.name not in ("lightning", "torchmetrics"):
-            raise
-        raise Img2VidError(f"Training needs {error.name}: pip install 'img2vid[train]'.") from error
+    from img2vid.training.fit import main
+
     subcommand = [] if argv and not argv[0].startswith("-") else ["fit"]
     return main([*subcommand, *argv])

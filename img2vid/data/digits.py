@@ -15,7 +15,7 @@ Conventions, the same everywhere in this module:
 
 import numpy as np
 
-from img2vid.data.errors import MissingExtraError
+from img2vid.data.errors import missing_extra
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_GRID = 8  # the digits are 8 x 8 pixels
@@ -50,9 +50,7 @@ def load_digits(split):
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ImportError as error:
-        raise MissingExtraError(
-            "The handwritten digits come with scikit-learn, which is not installed. Run: pip install scikit-learn"
-        ) from error
+        raise missing_extra("scikit-learn", "eval", "The set of handwritten digits, which comes with it,") from error
 
     bunch = sklearn_digits()
     shuffle = np.random.default_rng(_SPLIT_SEED)

@@ -11,7 +11,9 @@ Both samplers are DistributedSamplers, so that Lightning tells them the epoch an
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
+from multiprocessing import get_start_method
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
@@ -153,6 +155,17 @@ def begin_worker(worker_id: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
+def safe_start_method(version: tuple[int, ...] = sys.version_info[:3]) -> str | None:
+    """How to start processes: None for the system's way, ``spawn`` where that way is a fork that may hang.
+
+    The threads of a process group enter Python for moments. A child forked in such a moment waits for ever in Pythons
+    before 3.10.15 and 3.11.10 (github.com/python/cpython/issues/112275), and everybody else waits for it.
+    """
+    mended = version >= {10: (3, 10, 15), 11: (3, 11, 10)}.get(version[1], version)
+    threaded = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return None if mended or not threaded or get_start_method() != "fork" else "spawn"
+
+
 def worker_options(num_workers: int, timeout_seconds: float, start_method: str | None = None) -> dict:
     """DataLoader arguments for workers that cannot hang in silence."""
     if num_workers == 0:
@@ -162,5 +175,5 @@ def worker_options(num_workers: int, timeout_seconds: float, start_method: str |
         "timeout": timeout_seconds,
         "worker_init_fn": begin_worker,
         "persistent_workers": True,
-        "multiprocessing_context": start_method,
+        "multiprocessing_context": start_method or safe_start_method(),
     }

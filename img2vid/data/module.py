@@ -41,7 +41,8 @@ class VideoData(pl.LightningDataModule):
     scale, flip, rand_augment, color_jitter, erase: augmentation (TrainTransform).
     mixup_alpha, cutmix_alpha: mixing on the device (MixClips), 0 for none; needs class names.
     batch_size: per process. timeout_seconds: how long a batch may take before a worker counts as hung.
-    on_bad_video, max_bad_videos: training only (VideoDataset). start_method: of workers (None: the system's).
+    on_bad_video, max_bad_videos: training only (VideoDataset). start_method: of workers (None: safe_start_method;
+        under ``spawn`` a script needs ``if __name__ == "__main__":``).
     """
 
     def __init__(

@@ -28,13 +28,10 @@ def write(folder: Path, facts: dict[str, Any], converted: VideoTextModel, traine
     """Write the PNGs and ``report.html``, which needs nothing beside it."""
     clips = one_of_each(videos, trained.config.num_frames)
     said = {"converted": captions_of(converted, clips), "trained": captions_of(trained, clips)}
-    losses = read_curves(facts["log"], ["loss", "train/*_loss"])
-    looks = read_curves(facts["log"], ["val/accuracy"])
-    gates = read_curves(facts["log"], ["gate/*"])  # logged after each step, from 0 on
-    gates = {
-        f"block {i}": [(0, 0.0), *((step + 1, norm) for step, norm in points)]
-        for i, points in enumerate(gates.values())
-    }
+    losses = curves(facts["log"], ["loss", "train/*_loss"])
+    looks = curves(facts["log"], ["val/accuracy"])
+    norms = curves(facts["log"], ["gate/*"])
+    gates = {f"block {i}": [(0, 0.0), *points] for i, points in enumerate(norms.values())}
     figures = {
         "strips": strips_figure(clips, said),
         "accuracy": curves_figure(looks, "accuracy on validation videos, motions"),
@@ -46,6 +43,12 @@ def write(folder: Path, facts: dict[str, Any], converted: VideoTextModel, traine
     for name, figure in figures.items():
         save(figure, folder / f"{name}.png")
     write_whole(folder / "report.html", tell(folder, facts, figures).encode())
+
+
+def curves(log: str | Path, patterns: list[str]) -> dict[str, list[tuple[float, float]]]:
+    """Columns of the log over steps counted as the lines of the training count them: Lightning's CSV begins at 0."""
+    found = read_curves(log, patterns)
+    return {name: [(step + 1, value) for step, value in points] for name, points in found.items()}
 
 
 def one_of_each(videos: VideoList, num_frames: int) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.model import VideoModel
 from img2vid.temporal.block import SpaceTimeBlock
+from img2vid.temporal.kernels import spelled_out
 from img2vid.temporal.pooling import first
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
@@ -54,6 +55,15 @@ class Recorder(TorchFunctionMode):
     def __init__(self, see: Callable[[Tensor], None]) -> None:
         super().__init__()
         self.see = see
+        self.inside = ExitStack()
+
+    def __enter__(self):
+        self.inside.enter_context(spelled_out())  # attention along time, which may take several ways
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        self.inside.close()
+        return super().__exit__(*exc)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -67,7 +77,7 @@ class Recorder(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.see(weights_of(out, *args, **kwargs))
-        elif func in SOFTMAX and out.ndim == 4:
+        elif func in SOFTMAX and out.ndim in (4, 5):
             self.see(out)
         return out
 

@@ -15,6 +15,7 @@ from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.features import Compute, extract
 from img2vid.evaluation.layers import branch_ratios
+from img2vid.evaluation.own_classes import in_own_classes
 from img2vid.evaluation.processes import Processes
 from img2vid.evaluation.protocols import Lists, Round
 from img2vid.evaluation.reading import Videos, Views, input_spec
@@ -44,7 +45,9 @@ def honesty(
     Returns:
         The result, in the first process; None in the others.
     """
-    compute, shared, videos = compute or Compute(), shared or Processes(), lists.videos
+    compute, shared = compute or Compute(), shared or Processes()
+    lists = in_own_classes(model, lists)
+    videos = lists.videos
     question = Question.to(model, videos, templates, fusion)
     conditions = [name for name in PANEL if name != "frame_mean" or has_gates(model)]
     head = question.head(model.to(compute.device)) if shared.is_first else None

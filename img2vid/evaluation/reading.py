@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 
 from img2vid.data.datasets import ClipSampler, VideoDataset
 from img2vid.data.errors import VideoError
+from img2vid.data.loading import safe_start_method
 from img2vid.data.manifest import Row, VideoList
 from img2vid.data.reading import BACKENDS
 from img2vid.data.transforms import InputSpec, TestTransform
@@ -137,7 +139,8 @@ def read_in_order(
 def pooled(videos: Videos, rows: Sequence[int], num_workers: int, timeout_seconds: float) -> Iterator[Item]:
     """The videos of ``rows`` in order, until one of them ends or hangs its process."""
     # not a DataLoader: where one of its workers dies, an exception is thrown into whatever the main process is doing
-    pool = ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=(videos,))
+    context = get_context(safe_start_method())
+    pool = ProcessPoolExecutor(num_workers, context, initializer=start_worker, initargs=(videos,))
     left, waiting = deque(rows), deque()
     try:
         while left or waiting:

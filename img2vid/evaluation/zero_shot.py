@@ -17,6 +17,7 @@ from img2vid.evaluation import metrics
 from img2vid.evaluation.conditions import has_gates
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import Compute, Features, extract
+from img2vid.evaluation.own_classes import in_own_classes
 from img2vid.evaluation.processes import Processes
 from img2vid.evaluation.prompts import (
     check_distinct,
@@ -61,7 +62,9 @@ def zero_shot(
     Returns:
         The result, in the first process; None in the others.
     """
-    compute, shared, videos = compute or Compute(), shared or Processes(), lists.videos
+    compute, shared = compute or Compute(), shared or Processes()
+    lists = in_own_classes(model, lists)
+    videos = lists.videos
     question = Question.to(model, videos, templates, fusion)
     with_label = [row for row, of in enumerate(videos.rows) if of.label is not None]
     rounds(protocol, lists, with_label, seed=seed, **protocol_options)  # says what is wrong before any video is read

@@ -62,6 +62,7 @@ class Graft:
     folds: ClassVar[str]
     mixes_frames: ClassVar[bool] = False  # whether frames of a clip learn of each other through it
     attends: ClassVar[bool] = False  # whether tokens attend to more through it than the model's own attention says
+    keeps_length: ClassVar[bool] = True  # whether features stay as long as they are, and where texts are
 
     name: str = field(default="", kw_only=True)
 
@@ -90,6 +91,9 @@ class Graft:
 
     def uprooted(self, video: VideoModel) -> None:
         """Called when all of it has been taken off."""
+
+    def fetch(self, video: VideoModel) -> None:
+        """Load what it needs from elsewhere, such as another model's weights; not asked of a model that was saved."""
 
     def fold(self, site: Site, scion: nn.Module) -> None:
         """Write a scion into its host's own weights, in place; what is left of it is taken out afterwards."""

@@ -21,6 +21,11 @@ def insert(video: VideoModel, grafts: Iterable[Graft]) -> None:
         GraftError: one of them finds no place; nothing has been changed by that one then.
     """
     for graft in grafts:
+        if graft.mixes_frames and video.config.causal:
+            raise GraftError(
+                f"{graft.name} lets a frame see later ones, which causal=True rules out: a {graft.type} looks both "
+                "ways along time. Leave one of the two."
+            )
         sites = graft.sites(video)
         grown = [(site, graft.grow(video, site)) for site in sites]  # all of them, before any is put on
         for site, scion in grown:
@@ -54,10 +59,31 @@ def graft(model: VideoModel | VideoTextModel, grafts: Iterable[Any]) -> VideoMod
     """
     video = tower_of(model)
     read_grafts([*video.grafts, *(grafts := list(grafts))])  # names must differ from those it has
+    new = read_grafts(grafts)
+    if isinstance(model, VideoTextModel):
+        check_beside_text(new)
     with without_checkpointing(model):
-        insert(video, read_grafts(grafts))
+        insert(video, new)
     write_down(model)
+    for one in new:
+        one.fetch(video)
     return model
+
+
+def fetch(model: VideoModel | VideoTextModel) -> None:
+    """Load what grafts of a new model need from elsewhere."""
+    for one in tower_of(model).grafts:
+        one.fetch(tower_of(model))
+
+
+def check_beside_text(grafts: Iterable[Graft]) -> None:
+    """Refuse what would make video features of another length than those of texts."""
+    for one in grafts:
+        if not one.keeps_length:
+            raise GraftError(
+                f"{one.name} makes features longer, and texts would have no counterpart for what is new. Convert with "
+                "num_classes=N, which leaves the text tower out; or use mode='gate', which stays where texts are."
+            )
 
 
 def remove(model: VideoModel | VideoTextModel, names: str | Iterable[str] | None = None) -> VideoModel | VideoTextModel:

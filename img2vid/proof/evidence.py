@@ -91,12 +91,13 @@ def compare(
         expected = first(tower.call(image, central_frames(video, clips)[:, : tower.in_channels])).unflatten(
             0, (len(clips), num_steps)
         )
+    own = [first(features)[..., : expected.shape[-1]] for features in (video.pool(frame_features), frame_features)]
     return Comparison(
         kind=kind,
         num_frames=clips.shape[1],
         claimed=claimed,
-        feature_difference=largest(first(video.pool(frame_features)) - expected.mean(dim=1)),
-        frame_difference=largest(first(frame_features) - expected),
+        feature_difference=largest(own[0] - expected.mean(dim=1)),
+        frame_difference=largest(own[1] - expected),
         layer_differences=[
             largest(same_tokens(a, b, tower.num_prefix_tokens) - b)
             for a, b in zip(layers, expected_layers, strict=True)

@@ -17,12 +17,14 @@ class Guarantee:
 
     summary: str
     strength: dict[str, str] = field(default_factory=dict)  # kind of clip: "bitwise" | "close"
+    part: str = ""  # of the features, where it is not about all of them
 
     def beside(self, other: Guarantee) -> Guarantee:
         """What is left of both together: of each kind of clip the weaker promise."""
         both = {kind: strength for kind, strength in self.strength.items() if kind in other.strength}
         both = {kind: "bitwise" if (self.strength[kind], other.strength[kind]) == BITWISE else "close" for kind in both}
-        return Guarantee(self.summary if both == self.strength else other.summary, both)
+        summary, part = self.summary if both == self.strength else other.summary, self.part or other.part
+        return Guarantee(f"{summary}, {other.part}" if other.part and both else summary, both, part)
 
     @classmethod
     def of(cls, config: VideoConfig, num_prefix_tokens: int, at_own_size: bool = True) -> Guarantee:

@@ -31,6 +31,7 @@ class Acts:
     closed: float | None  # closed again against closed
     exchange: float  # gates opened by noise: how far a frame's feature moves when only the other frames change
     leak: float  # and how far a clip's features move when only the other clips of the batch change
+    later: float | None  # and a frame's when only later frames change; None where it may see them
 
 
 @torch.no_grad()
@@ -54,19 +55,25 @@ def three_acts(video: VideoModel, generator: torch.Generator, as_trained: bool, 
             noise = std * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise.to(parameter.device, parameter.dtype))
         opened = output(clips)
-        exchange = largest(opened[:, 0] - output(swap_others(clips, video.config.tubelet_size))[:, 0])
+        num_own = video.config.tubelet_size
+        exchange = largest(opened[:, -1] - output(swap_others(clips, num_own))[:, -1])
         leak = largest(opened[0] - output(torch.cat([clips[:1], -clips[1:]]))[0])
+        changed = torch.cat([clips[:, :num_own], -clips[:, num_own:]], dim=1)
+        later = largest(opened[:, 0] - output(changed)[:, 0]) if video.config.causal else None
     if not gates:
-        return Acts(None, None, exchange, leak)
+        return Acts(None, None, exchange, leak, later)
     if as_trained:
         opened = output(clips)
     with video.gates_closed():
-        return Acts(largest(opened - base), largest(output(clips) - base), exchange, leak)
+        return Acts(largest(opened - base), largest(output(clips) - base), exchange, leak, later)
 
 
 def swap_others(x: Tensor, num_own: int = 1) -> Tensor:
-    """(B, T, ...) in which each clip keeps its first ``num_own`` frames and gets the rest of another clip's."""
-    return torch.cat([x[:, :num_own], x.roll(1, dims=0)[:, num_own:]], dim=1)
+    """(B, T, ...) in which each clip keeps its last ``num_own`` frames and gets those before from another clip.
+
+    The last frame is the one that knows of the others in a causal model, too.
+    """
+    return torch.cat([x.roll(1, dims=0)[:, :-num_own], x[:, -num_own:]], dim=1)
 
 
 @dataclass
@@ -106,7 +113,11 @@ def measure_liveness(
     """
     layers, scions = temporal_layers(video), planted(video)
     in_layers = {id(p) for gate, _ in [*layers.values(), *scions.values()] for p in gate}
-    alone = {name: p for name, p in video.zero_parameters().items() if id(p) not in in_layers}
+    alone = {
+        name: p
+        for name, p in video.zero_parameters().items()
+        if id(p) not in in_layers and not name.startswith("classifier.")
+    }
     behind = {path: matrices(attention) for path, (_, attention) in layers.items()}
     behind |= {path: others for path, (_, others) in scions.items()}
     gates = [*(p for gate, _ in [*layers.values(), *scions.values()] for p in gate), *alone.values()]
@@ -145,7 +156,7 @@ def measure_liveness(
             for path, (gate, _) in layers.items()
         ),
         *(
-            Liveness(path, least(gate), least(others), graft=graft_name(path), depth=depths[path])
+            Liveness(path, least(gate), least(others), graft=graft_of(path), depth=depths[path])
             for path, (gate, others) in scions.items()
         ),
         *(Liveness(name, norms([parameter])) for name, parameter in alone.items()),
@@ -154,7 +165,7 @@ def measure_liveness(
 
 @torch.no_grad()
 def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], clips: Tensor) -> dict[str, float]:
-    """Largest change of each temporal attention's output at a clip's first frame when its other frames are swapped.
+    """Largest change of each temporal attention's output at a clip's last frame when its other frames are swapped.
 
     Each is given the tokens it sees in the model, so one that ignores the other frames cannot hide behind one that
     does not.
@@ -164,7 +175,7 @@ def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], cl
     def look(path: str, attention: TemporalAttention, args: tuple[Any, ...], out: Tensor) -> None:
         x, num_frames, *rest = args  # (B*T, N, D)
         swapped = swap_others(x.unflatten(0, (-1, num_frames))).flatten(0, 1)
-        moved[path] = largest((attention.forward(swapped, num_frames, *rest) - out)[::num_frames])
+        moved[path] = largest((attention.forward(swapped, num_frames, *rest) - out)[num_frames - 1 :: num_frames])
 
     hooks = [
         attention.register_forward_hook(lambda module, args, out, path=path: look(path, module, args, out))
@@ -180,7 +191,7 @@ def measure_coupling(video: VideoModel, layers: dict[str, TemporalAttention], cl
 
 @torch.no_grad()
 def measure_stray(video: VideoModel, clips: Tensor) -> dict[str, float]:
-    """Largest change of each block's temporal branch away from one position at which all frames but the first changed.
+    """Largest change of each block's temporal branch away from one position at which all frames but the last changed.
 
     The branch alone, as its image block mixes positions by right. A token attends along its own position, so this is
     zero to the bit; a branch that folded its tokens in the wrong order would pass every other test of this certificate.
@@ -252,22 +263,36 @@ def planted(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], list[nn.Pa
     zero = {id(p) for p in video.zero_parameters().values()}
     found: dict[str, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
     for name, parameter in video.named_parameters():
-        if (path := scion_of(name)) is not None:
-            found.setdefault(path, ([], []))[0 if id(parameter) in zero else 1].append(parameter)
+        is_zero = id(parameter) in zero
+        if (path := place_of(name, is_zero)) is not None:
+            found.setdefault(path, ([], []))[0 if is_zero else 1].append(parameter)
     # a branch of a user's own may keep its gate beside it (graft_fc): then this is no place of its own
     names = {graft.name for graft in video.grafts}
-    return {path: parts for path, parts in found.items() if graft_name(path) in names}
+    return {path: parts for path, parts in found.items() if graft_of(path) in names}
 
 
-def graft_name(path: str) -> str:
-    return f".{path}".rpartition(".graft_")[2]
+def place_of(name: str, is_zero: bool) -> str | None:
+    """Where a parameter was grafted; what another tower has along time stands behind a gate of its own there."""
+    path = scion_of(name)
+    if path is None or name.startswith("classifier."):  # which is behind the features that are measured
+        return None
+    if ".towers." not in name:
+        return path
+    block, time, _ = name.partition(".temporal_")
+    return block if time else name if is_zero else path
+
+
+def graft_of(path: str) -> str:
+    return f".{path}".rpartition(".graft_")[2].split(".")[0]
 
 
 def depth_of(video: VideoModel, path: str) -> int:
     """How many zero gates of others stand between a place and the residual stream: a graft on attention along time has
-    one, and what a graft puts in front of another part of its own says so by its ``depth``."""
-    own: int = getattr(video.get_submodule(path), "depth", 0)
-    return own + int("temporal_attn." in path)
+    one, so has what another tower has along time, and what a graft puts in front of another part of its own says so by
+    its ``depth``."""
+    module = dict(video.named_modules()).get(path)  # None where a place is one parameter
+    own: int = getattr(module, "depth", 0)
+    return own + int("temporal_attn." in path or ".towers." in path)
 
 
 def matrices(module: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from img2vid.temporal.kernels import attend
 
 
 @dataclass
@@ -143,20 +144,15 @@ class TemporalAttention(nn.Module):
         # norms and projections act on each token alone, so x itself never moves; only q, k, v are seen along T
         heads = {"t": num_frames, "qkv": 3, "h": self.num_heads}
         q, k, v = rearrange(self.qkv(x), "(b t) s (qkv h d) -> qkv b s h t d", **heads)
-        y = attend(self.q_norm(q), self.k_norm(k), v, self.scale)
+        y = self.mix(self.q_norm(q), self.k_norm(k), v)
         return self.inner_norm(rearrange(y, "b s h t d -> (b t) s (h d)"))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What of the frames' values each frame gets, (B, S, H, T, head_dim)."""
+        return attend(q, k, v, self.scale)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, scale={self.scale:.4g}"
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention of (..., H, T, head_dim), of as many leading dimensions as there are."""
-    if q.ndim == 4 or not torch.compiler.is_exporting():
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    # ONNX knows attention of 4 dimensions only; bringing q, k, v there copies them, which nothing else needs
-    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale=scale)
-    return y.unflatten(0, q.shape[:2])
 
 
 def fresh_copy(norm: nn.Module | None) -> nn.Module | None:

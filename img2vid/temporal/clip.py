@@ -1,12 +1,16 @@
-"""The one number that folding time into the batch loses: how many frames a clip has."""
+"""The one number that folding time into the batch loses: how many frames a clip has. And which went before."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from img2vid.temporal.causal import Past
 
 
 class ClipContext:
@@ -21,10 +25,12 @@ class ClipContext:
 
     def __init__(self) -> None:
         self._num_frames: int | None = None
+        self.past: Past | None = None  # of the stream that the frames now in flight continue
         self._turn = threading.RLock()
 
     @contextmanager
-    def of(self, num_frames: int) -> Iterator[None]:
+    def of(self, num_frames: int | None) -> Iterator[None]:
+        """Inside, clips have so many frames; None where frames are run that make no whole clips, and T is unknown."""
         if torch.compiler.is_compiling():  # a lock cannot be traced
             with self._set(num_frames):
                 yield
@@ -33,7 +39,17 @@ class ClipContext:
                 yield
 
     @contextmanager
-    def _set(self, num_frames: int) -> Iterator[None]:
+    def after(self, past: Past) -> Iterator[None]:
+        """Inside, clips are the next frames of a stream."""
+        with self._turn:
+            self.past = past
+            try:
+                yield
+            finally:
+                self.past = None
+
+    @contextmanager
+    def _set(self, num_frames: int | None) -> Iterator[None]:
         before, self._num_frames = self._num_frames, num_frames
         try:
             yield

@@ -37,8 +37,10 @@ def resample_time_embed(time_embed: Tensor, num_frames: int, mode: str = "linear
     Args:
         mode: ``linear`` (half-pixel centres, so both ends of the clip keep their meaning); ``nearest``, which is what
             the original TimeSformer does; ``crop_or_pad``, the first T' entries and zeros where there are fewer, which
-            is what Frozen in Time does.
+            is what Frozen in Time does; ``hold``, the first T' entries and the last again where there are fewer.
     """
+    if mode == "hold":
+        return time_from(time_embed, 0, num_frames, mode)
     # an exported program must not be fixed to the number of frames it was traced with
     if not torch.compiler.is_exporting() and time_embed.shape[1] == num_frames:
         return time_embed
@@ -50,6 +52,20 @@ def resample_time_embed(time_embed: Tensor, num_frames: int, mode: str = "linear
     else:
         signal = F.pad(signal, (0, num_frames))[..., :num_frames]
     return signal.transpose(1, 2).unflatten(2, time_embed.shape[2:]).to(time_embed.dtype)
+
+
+def time_from(time_embed: Tensor, start: int, num_frames: int, mode: str) -> Tensor:
+    """Embedding of T' frames of a longer clip, from frame ``start`` on: (1, T, ..., D) -> (1, T', ..., D).
+
+    Args:
+        mode: ``hold`` or ``crop_or_pad``, under which a frame's entry does not depend on how many frames there are.
+    """
+    frames = torch.arange(start, start + num_frames, device=time_embed.device)
+    rows = time_embed[:, frames.clamp(max=time_embed.shape[1] - 1)]
+    if mode == "hold":
+        return rows
+    known = (frames < time_embed.shape[1]).to(rows.dtype)
+    return rows * known.view(-1, *[1] * (rows.ndim - 2))
 
 
 def time_of_tokens(time: Tensor, shape: torch.Size, num_prefix: int, num_shared: int) -> Tensor:

@@ -1,9 +1,7 @@
-"""Less arithmetic along time for inference, the same function: two linear maps in a row are one.
+"""Less arithmetic along time for inference, the same function: a gate folded once (``img2vid.temporal.folding``).
 
-    temporal_fc(proj(y)) = W_fc (W_proj y + b_proj) + b_fc = (W_fc W_proj) y + (W_fc b_proj + b_fc)
-
-A tanh gate g is a special case, W_fc = g and b_fc = 0. Nothing replaces the weights: the product is kept beside them,
-outside the state dict, and made again whenever they have changed. (As batch norm is folded into a convolution.)
+Nothing replaces the weights: the product is kept beside them, outside the state dict, and made again whenever they have
+changed. (As batch norm is folded into a convolution.)
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 from img2vid.errors import Img2VidError
 from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.block import SpaceTimeBlock
-from img2vid.temporal.gates import TanhGate
+from img2vid.temporal.folding import are_linear, folded
 from img2vid.temporal.infront import InFront, put_in_front, take_from_front
 from img2vid.temporal.unchanged import is_readable, is_watched, sees_the_present, state_of
 
@@ -47,16 +45,7 @@ class FusedProjection(nn.Module):
     def fold(self) -> None:
         proj, gate = self.made_of[0].proj, self.made_of[1]
         exact = torch.float32 if proj.weight.device.type == "mps" else torch.float64  # which MPS does not have
-        weight, bias = proj.weight.to(exact), None if proj.bias is None else proj.bias.to(exact)
-        if isinstance(gate, TanhGate):
-            scale = gate.alpha.to(exact).tanh()
-            weight, bias = scale * weight, None if bias is None else scale * bias
-        else:
-            through = 0.0 if bias is None else gate.weight.to(exact) @ bias
-            weight = gate.weight.to(exact) @ weight
-            bias = (
-                None if proj.bias is None and gate.bias is None else through + (0.0 if gate.bias is None else gate.bias)
-            )
+        weight, bias = folded(proj, gate, exact)
         self.weight = weight.to(proj.weight.dtype)
         self.bias = None if bias is None else bias.to(proj.weight.dtype)
         self.folded = state_of(*self.sources())
@@ -158,8 +147,3 @@ def branches(model: nn.Module) -> list[tuple[nn.Module, TemporalAttention, nn.Mo
 
 def can_fuse(owner: nn.Module, attention: TemporalAttention, gate: nn.Module) -> bool:
     return are_linear(attention, gate) and not getattr(owner, "post_norm", False)
-
-
-def are_linear(attention: nn.Module, gate: nn.Module) -> bool:
-    """Types are compared exactly: what has been wrapped (LoRA, quantised) is more than its weight."""
-    return type(attention.proj) is nn.Linear and type(gate) in (nn.Linear, TanhGate)

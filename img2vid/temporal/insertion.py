@@ -10,6 +10,7 @@ from img2vid.temporal.attention import SpatialAttention, TemporalAttention, fres
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.dropping import ClipDropPath
+from img2vid.temporal.folding import FoldedInTraining
 from img2vid.temporal.gates import make_gate
 from img2vid.temporal.infront import put_in_front
 from img2vid.temporal.unchanged import ShutGate, SkippedWhenShut
@@ -45,5 +46,6 @@ def insert_temporal_attention(
         module.requires_grad_(True)  # copies of frozen norms would come frozen
     block.temporal_drop_path = ClipDropPath(drop_path, clip) if drop_path > 0.0 else nn.Identity()
     block.num_shared_tokens, block.post_norm = num_shared_tokens, spatial.post_norm
+    put_in_front(block, FoldedInTraining)
     put_in_front(block, SkippedWhenShut)
     block.shut = ShutGate()

@@ -14,9 +14,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from img2vid.temporal.attention import attend
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.infront import InFront, put_in_front
+from img2vid.temporal.kernels import attend
 
 
 class PrefixInTime(InFront):

@@ -77,14 +77,26 @@ QUIET = (
 )
 
 
+def speak_once() -> None:
+    """One handler for what Lightning logs, and the message alone.
+
+    Libraries give the root logger a handler by merely logging, and by whether one has done so when Lightning is first
+    imported, Lightning makes one handler or two: each line would come twice.
+    """
+    loggers = {name: logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")}
+    for name, logger in loggers.items():
+        for handler in [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]:
+            logger.removeHandler(handler)
+        logger.propagate = name != "lightning"
+    loggers["lightning"].addHandler(logging.StreamHandler())
+
+
 def main(argv: Sequence[str]) -> int:
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     advertised = "lightning.pytorch.utilities.rank_zero"
     logging.getLogger(advertised).addFilter(lambda record: not record.getMessage().startswith("💡 Tip:"))
-    own = logging.getLogger("lightning.pytorch")
-    if own.handlers:  # libraries give the root logger a handler by merely logging: each line would come twice
-        own.propagate = False
+    speak_once()
     overwrite = {"overwrite": True}  # the configuration of the last run in this folder, as its logs and checkpoints
     try:
         TrainingCLI(

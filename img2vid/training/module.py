@@ -36,6 +36,7 @@ from img2vid.objectives import Objective, Step, Surroundings
 from img2vid.objectives.base import is_of_text
 from img2vid.training.averaging import check_averaging
 from img2vid.training.callbacks import ParameterSummary, SaveModel, Throughput, WatchTime
+from img2vid.training.classes import name_classes
 from img2vid.training.movement import Beginning
 from img2vid.training.stopping import CheckpointOnException, StopBetweenSteps
 from img2vid.tuning import GradualUnfreezing, Tuning, bound_temperature, eval_frozen, freeze, penalty
@@ -126,6 +127,8 @@ class VideoTraining(pl.LightningModule):
                 )
             )
             self.has_objective = stage == "fit"
+        if class_names is not None:
+            name_classes(getattr(self.model, "visual", self.model), class_names, learns=stage == "fit")
         if class_names is not None and self.accuracy is None:
             from torchmetrics.classification import MulticlassAccuracy
 
@@ -285,6 +288,8 @@ class VideoTraining(pl.LightningModule):
         """
         video = getattr(self.model, "visual", self.model)
         checkpoint[ENTRY] = {"video": self.model.config.to_dict(), "image_weights": video.image_weights}
+        if video.class_names is not None:
+            checkpoint[ENTRY]["class_names"] = video.class_names
         loop = self.trainer.fit_loop.epoch_loop
         done, every = loop.batch_progress.current.processed, self.trainer.accumulate_grad_batches
         whole = done if done >= self.trainer.num_training_batches else done - done % every

@@ -118,10 +118,11 @@ def explanation(report: LoadReport) -> str:
                     f"The names in the file start with {prefix!r}; without it they fit: save "
                     f"{{key.removeprefix({prefix!r}): t for key, t in state.items()}} as a file of its own.\n"
                 )
-    if any("temporal_" in key for key in report.unexpected):
+    if any(re.search(r"temporal_|\btime_?embed|timeattn|tubelet", key) for key in report.unexpected):
         return (
-            "The file is a video model's, not an image model's. Convert with the same settings and "
-            "random_weights=True, then model.load_state_dict(...).\n"
+            "The file is a video model's, not an image model's. A published one (TimeSformer, LaViLa, ...): img2vid "
+            "import FILE_OR_FOLDER. One of your own: convert with the same settings and random_weights=True, then "
+            "model.load_state_dict(...).\n"
         )
     return ""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from img2vid.data.datasets import ClipSampler, VideoDataset
-from img2vid.data.loading import ClipLoader, EvalSampler, TrainSampler, worker_options
+from img2vid.data.loading import ClipLoader, EvalSampler, TrainSampler, safe_start_method, worker_options
 from img2vid.data.order import draw_seed
 from img2vid.data.transforms import TrainTransform
 from tests.data.conftest import SPEC
@@ -167,3 +167,22 @@ def test_a_hung_worker_ends_the_run_and_the_videos_are_named(videos):
     assert taken == batches[:4]
     assert all(videos.rows[row].path in str(caught.value) for row in batches[4:6])
     assert not any(videos.rows[row].path in str(caught.value) for row in batches[:4])
+
+
+@pytest.mark.parametrize(
+    ("version", "grouped", "expected"),
+    [
+        ((3, 11, 7), True, "spawn"),
+        ((3, 10, 14), True, "spawn"),
+        ((3, 11, 7), False, None),  # no threads of a process group, nothing to be caught in
+        ((3, 10, 15), True, None),
+        ((3, 11, 10), True, None),
+        ((3, 13, 0), True, None),
+    ],
+)
+def test_processes_are_not_forked_where_that_can_hang(version, grouped, expected, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: grouped)
+    monkeypatch.setattr("img2vid.data.loading.get_start_method", lambda: "fork")
+    assert safe_start_method(version) == expected
+    monkeypatch.setattr("img2vid.data.loading.get_start_method", lambda: "forkserver")
+    assert safe_start_method(version) is None

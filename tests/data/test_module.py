@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import lightning.pytorch as pl
 import pytest
@@ -45,7 +46,8 @@ class Recorder(pl.LightningModule):
 
 
 def data(folder, **options):
-    return VideoData(str(folder), num_frames=2, batch_size=2, num_workers=2, spec=SPEC, **options)
+    given = dict(num_frames=2, batch_size=2, num_workers=2, timeout_seconds=100, spec=SPEC)
+    return VideoData(str(folder), **{**given, **options})
 
 
 def trainer(folder, **options):
@@ -159,18 +161,23 @@ def run_on_two_processes(folder, body: str) -> list:
     """Run `body` in two processes with `run(**options)`, a trainer; what each rank left in `seen`."""
     script = folder / "run.py"
     script.write_text(
-        f"import json, sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
-        "import lightning.pytorch as pl\n"
-        "from tests.data.test_module import Recorder, data\n"
-        "def run(**options):\n"
-        "    quiet = dict(enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)\n"
-        "    quiet |= dict(accelerator='cpu', devices=2, strategy='ddp', logger=False)\n"
-        "    return pl.Trainer(**quiet, **options)\n" + body + "\n"
-        f"json.dump(module.seen, open({str(folder)!r} + '/rank%d.json' % trainer.global_rank, 'w'))\n"
+        "def main():\n"  # workers import this file, and should not have to import all of Lightning
+        "    import faulthandler, json\n"
+        "    import lightning.pytorch as pl\n"
+        "    from tests.data.test_module import Recorder, data\n"
+        "    faulthandler.dump_traceback_later(200, exit=True)  # a hang says where it is\n"
+        "    def run(**options):\n"
+        "        quiet = dict(enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)\n"
+        "        quiet |= dict(accelerator='cpu', devices=2, strategy='ddp', logger=False)\n"
+        "        return pl.Trainer(**quiet, **options)\n"
+        + indent(body, "    ")
+        + f"\n    json.dump(module.seen, open({str(folder)!r} + '/rank%d.json' % trainer.global_rank, 'w'))\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -180,10 +187,12 @@ def test_two_processes_stopped_in_an_epoch_see_what_an_unbroken_run_sees(video_f
     ranks = run_on_two_processes(
         tmp_path,
         f"folder, out = {str(video_folder)!r}, {str(tmp_path)!r}\n"
+        "trainer = None\n"
         "def fit(path=None, **options):\n"
-        "    global trainer\n"
+        "    nonlocal trainer\n"
         "    trainer, module = run(default_root_dir=out, **options), Recorder()\n"
-        "    trainer.fit(module, datamodule=data(folder), ckpt_path=path, weights_only=path is not None or None)\n"
+        "    videos, plain = data(folder, num_workers=1), path is not None or None\n"
+        "    trainer.fit(module, datamodule=videos, ckpt_path=path, weights_only=plain)\n"
         "    return module.seen\n"
         "module = Recorder()\n"
         "module.seen = {'unbroken': fit(max_epochs=2, enable_checkpointing=False)}\n"
@@ -203,7 +212,7 @@ def test_two_processes_share_epochs_and_evaluation(video_folder, tmp_path):
     ranks = run_on_two_processes(
         tmp_path,
         "trainer, module = run(max_epochs=2, enable_checkpointing=False), Recorder()\n"
-        f"trainer.fit(module, datamodule=data({str(video_folder)!r}, val_list={str(video_folder)!r}))",
+        f"trainer.fit(module, datamodule=data({str(video_folder)!r}, num_workers=1, val_list={str(video_folder)!r}))",
     )
     for epoch in range(2):
         shares = [[i for b in rank if b[0] == [epoch] * 2 for i in b[1]] for rank in ranks]

@@ -1,0 +1,67 @@
+"""Peak memory of a training step, each subject in a process of its own.
+
+    python -m benchmarks.memory "img2vid" ViT-B/16 8
+
+On a CPU: how far the peak of the process's resident memory rises above what it was with the model built, which is what
+its activations and gradients take. What is freed is given back at once (glibc would keep much of it, which adds a fifth
+and more to anybody's peak). On a GPU: the same by torch's own count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import torch
+
+
+def measure(name: str, size: str, num_frames: int, device: str = "cpu", threads: int = 1) -> dict[str, float]:
+    """In a process of its own: MiB of weights, and of what the step adds.
+
+    Raises:
+        Missing: the subject's library is not installed.
+        RuntimeError: the process died, of lack of memory perhaps.
+    """
+    from benchmarks.subjects import Missing
+
+    command = [sys.executable, "-m", "benchmarks.memory", name, size, str(num_frames), device, str(threads)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    )
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['killed'])[-1][:200]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    if "missing" in found:
+        raise Missing(found["missing"])
+    return found
+
+
+def main(name: str, size: str, num_frames: str, device: str = "cpu", threads: str = "1") -> None:
+    from benchmarks.subjects import Missing, training_step
+
+    torch.set_num_threads(int(threads))
+    try:
+        step = training_step(name, size, int(num_frames), device)
+    except Missing as error:
+        print(json.dumps({"missing": str(error)}))
+        return
+    before = peak(device, current=True)
+    step()
+    print(json.dumps({"step": peak(device) - before, "before": before}))
+
+
+def peak(device: str, current: bool = False) -> float:
+    """MiB, so far."""
+    if device == "cuda":
+        if current:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
