@@ -522,7 +522,7 @@ def test_yaml_names_grafts(motion_set):
 @pytest.mark.parametrize("name", [name for name, spec in GRAFTS.items() if not TYPES[spec["type"]].mixes_frames])
 @torch.no_grad()
 def test_frames_shown_one_at_a_time_are_those_of_the_clip(name):
-    """On a tower whose attention reads its weights; others are refused (test_no_graft_looks_ahead_of_a_causal_model)."""
+    """On a tower whose attention reads its weights. What mixes frames is refused, as tested above."""
     model = push(img2vid.convert(small_clip(), num_frames=4, causal=True, grafts=[GRAFTS[name]]))
     video = tower_of(model)
     shown = clips(3, model=model)
