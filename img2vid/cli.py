@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple] = {
         "write a model as other libraries read it, or give back its image model",
     ),
     "interpolate": ("img2vid.commands.interpolate", "go back towards the image model, or average models"),
+    "stitch": ("img2vid.commands.stitch", "one image model of layers of several, with bridges fitted on videos"),
+    "merge": ("img2vid.commands.merge", "one model of several alike, in weight space: linear, SLERP, task arithmetic"),
     "train": ("img2vid.commands.train", "continue pretraining on video (fit, validate or test; fit if none is named)"),
     "consolidate": ("img2vid.commands.consolidate", "write the model inside a training checkpoint as a folder"),
     "estimate": ("img2vid.commands.estimate", "what training will cost: parameters, FLOPs, memory, GPU-hours"),

@@ -16,6 +16,7 @@ ZERO_KEYS = (
     r"(.*\.)?(temporal_fc\..*|temporal_encoder\..*\.(attn_fc|fc2)\..*|time_embed|tubelet_weight|graft_fc\..*"
     r"|graft_\w+\.(.*\.)?zero_\w+(\..*)?)"
 )
+OTHER_TOWER = r"(?:.*\.)?graft_\w+\.towers\.\d+\.(?!(?:.*\.)?(?:temporal_|time_embed|tubelet_weight)).*"
 GRAFT = r"((?:.*\.)?graft_(?!fc\b)\w+)\..*"  # what a graft has put in one place, by its path
 
 GRAFTED_COPIES = r"(.*\.)?graft_\w+\.copy\..*"  # of whole image blocks
@@ -49,3 +50,8 @@ def scion_of(name: str) -> str | None:
     """The path of what a graft has put in one place, for a parameter of it."""
     found = re.fullmatch(GRAFT, name)
     return found[1] if found else None
+
+
+def is_other_towers(name: str) -> bool:
+    """Whether it is a weight that another tower, fused with this one, was pretrained with."""
+    return re.fullmatch(OTHER_TOWER, name) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -228,7 +229,10 @@ def print_aliases() -> None:
         table.add_row(alias, "the model inside this package, no network needed" if alias == name else name)
     console = Console()
     console.print(table)
-    console.print("Also timm:NAME[.TAG] and open_clip:ARCH[/TAG]; docs/backbones.md lists what works.", markup=False)
+    console.print(
+        "Also timm:NAME[.TAG] and open_clip:ARCH[/TAG], docs/backbones.md; hf:NAME or FOLDER, docs/transformers.md.",
+        markup=False,
+    )
 
 
 def print_grafts() -> None:
@@ -240,6 +244,16 @@ def print_grafts() -> None:
     for kind, cls in GRAFTS.items():
         table.add_row(*map(Text, (kind, cls.where, cls.new, cls.gate, cls.identity, cls.folds)))
     Console().print(table)
+
+
+def print_junctions(console: Console, junctions: Sequence[Any]) -> None:
+    table = Table(title="Junctions", title_justify="left", title_style="bold")
+    for header in ("in front of block", "from", "to", "bridge", "CKA arriving", "CKA bridged", "error"):
+        table.add_column(header)
+    for one in junctions:
+        numbers = ["-" if x is None else f"{x:.3f}" for x in (one.arriving, one.bridged, one.error)]
+        table.add_row(*map(Text, (str(one.at), one.before, one.after, one.bridge, *numbers)))
+    console.print(table)
 
 
 def render_inspection(facts: Inspection) -> str:

@@ -3,10 +3,12 @@
 A new graft gets all of it by one line in ``GRAFTS``; what only one type has is tested in test_grafts_<type>.py.
 """
 
+import collections
 import copy
 import io
 import json
 import pickle
+import re
 
 import lightning.pytorch as pl
 import pytest
@@ -48,6 +50,8 @@ GRAFTS = {
     "control": {"type": "control", "more": 2, "copies": 2},
     "prompts gated": {"type": "prompt", "num_tokens": 4, "form": "gated"},
     "st_adapter in space": {"type": "st_adapter", "bottleneck": 8, "kernel": [3, 3, 3], "init": "up"},
+    "experts": {"type": "experts", "layers": "all"},
+    "experts dense": {"type": "experts", "num_experts": 3, "compute": "dense"},
     "fusion": {"type": "fusion", "towers": ["nano_clip"], "train": True},
 }
 TOWERS = {
@@ -104,17 +108,24 @@ def is_gated(spec):
     return bool(read_graft(spec).guarantee().strength)
 
 
+def keeps(spec, found, expected, atol=1e-4):
+    """Whether they are the same, as far as the graft promises it."""
+    if read_graft(spec).guarantee().strength.get("moving") == "close":
+        return torch.allclose(found, expected, atol=atol)
+    return torch.equal(found, expected)
+
+
 @every_tower
 @every_graft
 def test_three_acts(spec, make):
     base = features(img2vid.convert(make(), num_frames=4))
     model = img2vid.convert(make(), num_frames=4, grafts=[spec])
     assert planted(model)
-    assert torch.equal(features(model), base) == is_gated(spec)
+    assert keeps(spec, features(model), base) == is_gated(spec)
     push(model)
     assert not torch.allclose(features(model), base, atol=1e-3)
     with model.gates_closed():
-        assert torch.equal(features(model), base) == is_gated(spec)
+        assert keeps(spec, features(model), base) == is_gated(spec)
     for name, p in model.named_parameters():
         if "temporal_fc" in name:
             torch.nn.init.zeros_(p)
@@ -209,7 +220,10 @@ def test_gradients_reach_all_of_it(spec, checkpointed):
     if checkpointed:
         model.set_grad_checkpointing()
     (model(clips(model=model)) * torch.randn(48, generator=torch.Generator().manual_seed(2))).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in planted(model).values())
+    arrived = collections.Counter()
+    for name, p in planted(model).items():  # which experts are asked is a matter of the clip
+        arrived[re.sub(r"zero_experts\.\d+", "zero_experts", name)] += float(p.grad.abs().sum())
+    assert min(arrived.values()) > 0
 
 
 DESIGNS = {
@@ -243,7 +257,7 @@ def test_beside_every_way_of_inserting_time(spec, settings):
     plain = img2vid.convert(small_vit(), num_frames=4, **settings)
     model = img2vid.convert(small_vit(), num_frames=4, grafts=[spec], **settings)
     if is_gated(spec):
-        assert torch.equal(features(model, 4), features(plain, 4))
+        assert keeps(spec, features(model, 4), features(plain, 4))
     certificate = certify(model, small_vit(), num_frames=[1, 2])
     assert certificate.ok
     push(model)
@@ -284,7 +298,8 @@ def test_half_precision(spec):
     model = img2vid.convert(small_vit(), num_frames=4, grafts=[spec], dtype="bfloat16")
     assert {p.dtype for p in planted(model).values()} == {torch.bfloat16}
     with torch.no_grad():
-        assert torch.equal(model(clips(model=model).bfloat16()), plain(clips().bfloat16())) == is_gated(spec)
+        found, expected = model(clips(model=model).bfloat16()), plain(clips().bfloat16())
+        assert keeps(spec, found, expected, 5e-2) == is_gated(spec)
 
 
 @every_graft

@@ -14,7 +14,7 @@ from img2vid.data.lists import read_list
 from img2vid.evaluation.features import Compute, Views, extract
 from img2vid.grafts import GraftError, graft, remove
 from img2vid.grafts.fusion import seen_by
-from img2vid.tuning import freeze
+from img2vid.tuning import freeze, layer_groups
 from tests.conftest import randomize, small_clip, small_eva, small_vit
 
 IN_TIME = {"backbone": "nano_clip", "attention": "divided_space_time", "num_frames": 4}
@@ -130,6 +130,42 @@ def test_frozen_towers_stay_frozen_and_in_eval_mode():
         "graft_fusion.zero_gate.weight",
         "graft_fusion.zero_gate.bias",
     }
+
+
+def test_towers_that_learn_do_so_as_pretrained_weights():
+    model = convert(small_vit(), num_frames=4, grafts=[{"type": "fusion", "towers": [IN_TIME], "train": True}])
+    origins = {name: group.origin for group in layer_groups(model) for name in group.parameters}
+    assert origins["graft_fusion.towers.0.conv1.weight"] == "pretrained"
+    assert origins["graft_fusion.zero_gate.weight"] == "new"
+    time = {origin for name, origin in origins.items() if ".towers." in name and "temporal_" in name}
+    assert time == {"new"} and model.origin("graft_fusion.towers.0.conv1.weight") == "new"
+    freeze(model, "temporal_only")
+    learning = {name for name, p in model.named_parameters() if p.requires_grad and ".towers." in name}
+    assert learning and all("temporal_" in name or "time_embed" in name for name in learning)
+
+
+def test_two_of_them_come_and_go_by_themselves():
+    one, two = ({"type": "fusion", "name": name, "towers": ["nano_clip"]} for name in ("one", "two"))
+    model = convert(small_vit(), num_frames=4, grafts=[one, two])
+    with torch.no_grad():
+        for scion in (model.graft_one, model.graft_two):
+            scion.zero_gate.weight.normal_(generator=torch.Generator().manual_seed(1))
+    both = model(clips())
+    remove(model, "one")
+    left = model(clips())
+    assert not torch.allclose(left, both)
+    assert not torch.allclose(left, convert(small_vit(), num_frames=4)(clips()))
+
+
+def test_streams_go_on_where_the_other_tower_sees_frame_by_frame():
+    model, x = fused(causal=True).eval(), clips()
+    torch.nn.init.normal_(model.graft_fusion.zero_gate.weight)
+    stream = model.stream()
+    for t in range(4):
+        moment = stream(x[:, t])
+    torch.testing.assert_close(moment.clip, model(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(GraftError, match="looks both ways"):
+        fused(causal=True, towers=[IN_TIME])
 
 
 def test_two_others_tubelets_and_half_precision():

@@ -58,6 +58,10 @@ def load_backbone(
         from img2vid.backbones.from_timm import load_timm
 
         return load_timm(parsed, **options)
+    if parsed.library == "stitched":
+        from img2vid.backbones.stitched import load_stitched
+
+        return load_stitched(parsed, **options)
     if parsed.library == "hf":
         from img2vid.backbones.from_transformers import load_transformers
 

@@ -59,10 +59,10 @@ ALIASES: dict[str, str] = {
     "coca_l14": "open_clip:coca_ViT-L-14/laion2b_s13b_b90k",
 }
 
-LIBRARIES = ("timm", "open_clip", "hf")
+LIBRARIES = ("timm", "open_clip", "hf", "stitched")
 EXPECTED = (
     "Expected an alias (python -m img2vid.convert --list), timm:NAME[.TAG], open_clip:ARCH[/TAG], "
-    "open_clip:local-dir:FOLDER, hf:NAME, hf:FOLDER, or nano_clip."
+    "open_clip:local-dir:FOLDER, hf:NAME, hf:FOLDER, stitched:FOLDER, or nano_clip."
 )
 SCHEMES = ("local-dir:", "hf-hub:")  # what open_clip calls a folder or a repository that describes its own model
 
@@ -90,8 +90,8 @@ class BackboneName:
         return self.architecture.removeprefix(self.scheme or "")
 
     def __str__(self) -> str:
-        if self.library == "nano_clip":
-            return "nano_clip"
+        if self.library == self.architecture:  # nano_clip, stitched
+            return self.library
         mark = "." if self.library == "timm" else "/"
         return f"{self.library}:{self.architecture}" + (f"{mark}{self.tag}" if self.tag else "")
 
@@ -103,8 +103,8 @@ def parse_name(name: str) -> BackboneName:
         BackboneError: neither an alias nor a known library; the nearest names are suggested.
     """
     full = ALIASES.get(name, name)
-    if full == "nano_clip":
-        return BackboneName("nano_clip", "nano_clip")
+    if full in ("nano_clip", "stitched"):
+        return BackboneName(full, full)
     library, colon, rest = full.partition(":")
     if not colon or library not in LIBRARIES or not rest:
         raise BackboneError(f"Unknown backbone {shown(name)}.{what_it_is(full)} {EXPECTED}")
@@ -112,6 +112,8 @@ def parse_name(name: str) -> BackboneName:
         path = os.path.expanduser(rest)
         is_path = os.path.isdir(path) or rest.startswith((".", "/", "~"))
         return BackboneName(library, os.path.abspath(path) if is_path else rest)
+    if library == "stitched":
+        return BackboneName(library, os.path.abspath(os.path.expanduser(rest)))
     scheme = next((scheme for scheme in SCHEMES if rest.replace("_", "-").startswith(scheme)), None)
     if scheme and library == "timm":
         raise BackboneError(

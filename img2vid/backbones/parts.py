@@ -87,6 +87,8 @@ def maps_of_block(path: str, block: nn.Module) -> Iterator[LinearMap]:
 def roles_of(name: str, module: nn.Linear, block: nn.Module, holder: nn.Module | None, dim: int) -> tuple[str, ...]:
     """What a Linear at ``name`` below its block is for; nothing where it is a gate of ours."""
     leaf = name.rpartition(".")[2]
+    if leaf == "bridge":  # to the next part of a stitched model
+        return ()
     is_output = leaf in OUTPUTS
     if name.startswith("temporal_attn."):
         return ("temporal_attn.proj" if is_output else "temporal_attn.qkv",)

@@ -20,6 +20,8 @@ def tokenize(model: Any, texts: list[str]) -> Tensor:
         BackboneError: there is no tokenizer, or it has ids that the text tower has not.
     """
     backbone = model.config.backbone
+    if backbone == "stitched":  # the text tower is the first part's
+        backbone = model.config.backbone_args["parts"][0]["backbone"]
     ids, known = tokenizer_for(backbone)(texts), getattr(model, "vocab_size", None)
     if isinstance(known, int) and ids.numel() and int(ids.max()) >= known:
         raise BackboneError(

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from img2vid.grafts import adapters, along_time, channels, control, fusion, lora, prompts  # noqa: F401 (they register)
+from img2vid.grafts import (  # noqa: F401 (they register their types)
+    adapters,
+    along_time,
+    channels,
+    control,
+    experts,
+    fusion,
+    lora,
+    prompts,
+)
 from img2vid.grafts.base import GRAFTS, Graft, GraftError, Site, read_graft, read_grafts, register
 from img2vid.grafts.fronts import TokenScion, WeightScion
 from img2vid.grafts.grafting import fold, graft, remove

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from img2vid.grafts.base import Site
 from img2vid.temporal.clip import ClipContext
-from img2vid.temporal.infront import InFront, fronts_of, put_in_front, take_from_front
+from img2vid.temporal.infront import InFront, fronts_of, put_in_front, put_innermost, take_from_front
 from img2vid.temporal.pooling import first
 from img2vid.temporal.prefix import with_first
 
@@ -150,7 +150,8 @@ def scions(host: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[Any]:
 def put_on(site: Site, name: str, scion: nn.Module) -> None:
     site.host.add_module(PREFIX + name, scion)
     if site.front not in fronts_of(site.host):
-        put_in_front(site.host, site.front)
+        put = put_innermost if getattr(site.front, "innermost", False) else put_in_front
+        put(site.host, site.front)
 
 
 def take_off(site: Site, name: str) -> None:

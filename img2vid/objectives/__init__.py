@@ -9,6 +9,7 @@ soft_label (B, classes) where clips were mixed.
 """
 
 from img2vid.objectives.answers import KeepAnswers
+from img2vid.objectives.balance import BalanceExperts
 from img2vid.objectives.base import Objective, ObjectiveError, Step, Surroundings, WeightedSum
 from img2vid.objectives.classification import Classification
 from img2vid.objectives.contrastive import Contrastive
@@ -16,6 +17,7 @@ from img2vid.objectives.distillation import Distillation
 from img2vid.objectives.interpolated import InterpolatedWeights
 
 __all__ = [
+    "BalanceExperts",
     "Classification",
     "Contrastive",
     "Distillation",

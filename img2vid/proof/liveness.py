@@ -6,6 +6,7 @@ again, frames are swapped behind a frame's back, and two optimiser steps show wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ def measure_liveness(
         return []
     clips = make_clips(video, "moving", 2, generator, size)
     steps: list[dict[nn.Parameter, float]] = []
+    names = {parameter: name for name, parameter in video.named_parameters()}
     objective = None
     with only_requiring_grad(video, measured), video.gates_closed():
         for step in range(2 + max(depths.values(), default=0)):
@@ -147,7 +149,11 @@ def measure_liveness(
         return tuple(sum(step[p] ** 2 for p in parameters) ** 0.5 for step in steps) if parameters else None
 
     def least(parameters: Sequence[nn.Parameter]) -> tuple[float, ...] | None:
-        return tuple(min(step[p] for p in parameters) for step in steps) if parameters else None
+        groups: dict[str, list[nn.Parameter]] = {}
+        for parameter in parameters:  # of experts, which of them are asked is a matter of the clip
+            groups.setdefault(re.sub(r"zero_experts\.\d+", "zero_experts", names[parameter]), []).append(parameter)
+        each = [norms(group) for group in groups.values()]
+        return tuple(map(min, zip(*each, strict=True))) if parameters else None
 
     coupling = measure_coupling(video, {path: attention for path, (_, attention) in layers.items()}, clips)
     return [
@@ -156,7 +162,7 @@ def measure_liveness(
             for path, (gate, _) in layers.items()
         ),
         *(
-            Liveness(path, least(gate), least(others), graft=graft_of(path), depth=depths[path])
+            Liveness(path, least(gate), least(others), graft=graft_name(path), depth=depths[path])
             for path, (gate, others) in scions.items()
         ),
         *(Liveness(name, norms([parameter])) for name, parameter in alone.items()),
@@ -268,7 +274,7 @@ def planted(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], list[nn.Pa
             found.setdefault(path, ([], []))[0 if is_zero else 1].append(parameter)
     # a branch of a user's own may keep its gate beside it (graft_fc): then this is no place of its own
     names = {graft.name for graft in video.grafts}
-    return {path: parts for path, parts in found.items() if graft_of(path) in names}
+    return {path: parts for path, parts in found.items() if graft_name(path) in names}
 
 
 def place_of(name: str, is_zero: bool) -> str | None:
@@ -282,7 +288,7 @@ def place_of(name: str, is_zero: bool) -> str | None:
     return block if time else name if is_zero else path
 
 
-def graft_of(path: str) -> str:
+def graft_name(path: str) -> str:
     return f".{path}".rpartition(".graft_")[2].split(".")[0]
 
 

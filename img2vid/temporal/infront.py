@@ -32,9 +32,17 @@ def put_in_front(block: nn.Module, front: type[InFront]) -> None:
     block.__class__ = class_in_front(front, type(block))
 
 
+def put_innermost(block: nn.Module, front: type[InFront]) -> None:
+    """Put a class directly in front of the block's own, behind all that stand there."""
+    stand(block, [front, *fronts_of(block)])
+
+
 def take_from_front(block: nn.Module, front: type[InFront]) -> None:
     """Undo ``put_in_front``, wherever among other classes it stands."""
-    fronts = [other for other in fronts_of(block) if other is not front]
+    stand(block, [other for other in fronts_of(block) if other is not front])
+
+
+def stand(block: nn.Module, fronts: list[type[InFront]]) -> None:
     block.__class__ = functools.reduce(lambda behind, other: class_in_front(other, behind), fronts, own_class(block))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from img2vid.backbones.order import TABLES, Place, place_in_image_tower, places_beside_image_tower
 from img2vid.errors import Img2VidError
 from img2vid.model import VideoModel, VideoTextModel
+from img2vid.origins import is_other_towers
 
 ORIGINS = ("pretrained", "copied", "new")
 TOWERS = ("image", "text", "both")
@@ -57,7 +58,8 @@ def layer_groups(model: VideoModel | VideoTextModel) -> list[LayerGroup]:
     groups: dict[tuple[Place, str], LayerGroup] = {}
     parameters = dict(model.named_parameters())
     for name, place in places(model, list(parameters)).items():
-        origin = model.origin(name)
+        # learned once already, whoever has put it here
+        origin = "pretrained" if is_other_towers(name) else model.origin(name)
         group = groups.setdefault((place, origin), LayerGroup(place.name, origin, *order(place)))
         group.parameters[name] = parameters[name]
     return sorted(groups.values(), key=lambda g: (TOWERS.index(g.tower), g.depth, g.name, ORIGINS.index(g.origin)))
