@@ -1,6 +1,6 @@
 """Does it learn time, and keep what it knew? Motion and digits, zero-shot, on the synthetic motion set's test split.
 
-    python -m benchmarks.motion runs/motion runs/train/nano_motion/model [more model folders] [--json out.json]
+    python -m benchmarks.motion runs/motion runs/train/nano_motion/version_0/model [more] [--json out.json]
 
 For each model, and for the image model it was converted from:
     motion      of 8: that of the best of 80 captions, "the digit zero moving left", ...

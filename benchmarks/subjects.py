@@ -134,6 +134,7 @@ TRAINING = {
     "img2vid checkpointed": "img2vid",
     "img2vid temporal only": "img2vid",
     "img2vid last 4 only": "img2vid last 4",
+    "img2vid temporal only, trunk twice": "img2vid",
     "transformers checkpointed": "transformers",
 }
 
@@ -145,7 +146,7 @@ def training_step(
 
     ``img2vid temporal only`` is the freeze policy of that name: what was pretrained is frozen. In ``last 4 only``,
     besides, the last four blocks alone attend along time, so no gradient passes the eight below. The ``checkpointed``
-    ones run each block twice.
+    ones run each block twice; ``trunk twice`` the image blocks without their branches.
     """
     if name.startswith("limit"):
         frames = None if name == "limit image" else num_frames
@@ -157,7 +158,9 @@ def training_step(
         model.set_grad_checkpointing()
     if name == "transformers checkpointed":
         model.gradient_checkpointing_enable()
-    if name in ("img2vid temporal only", "img2vid last 4 only"):
+    if name == "img2vid temporal only, trunk twice":
+        model.set_grad_checkpointing(trunk_only=True)
+    if name.startswith("img2vid temporal only") or name == "img2vid last 4 only":
         img2vid.tuning.freeze(model, "temporal_only")
     clips = torch.randn(batch, num_frames, 3, 224, 224, device=device)
 

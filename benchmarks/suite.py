@@ -45,6 +45,7 @@ PAIRS = (
     *(("img2vid", "timesformer-pytorch"), ("img2vid", "image model"), ("image model", "limit image")),
     *(("img2vid checkpointed", "img2vid"), ("img2vid checkpointed", "transformers")),
     *(("img2vid temporal only", "img2vid"), ("img2vid last 4 only", "img2vid")),
+    ("img2vid temporal only, trunk twice", "img2vid"),
     *(("transformers", "limit"), ("transformers checkpointed", "transformers")),
 )
 
@@ -169,6 +170,7 @@ def training_memory(plan: Plan) -> Iterator[Case]:
         yield memory_of(plan, "ViT-S/16", 2, ("img2vid", "transformers"))
         return
     names = ("img2vid", "img2vid checkpointed", "img2vid temporal only", "img2vid last 4 only", "transformers")
+    names += ("img2vid temporal only, trunk twice",)
     yield memory_of(plan, "ViT-B/16", 8, names)
     yield memory_of(plan, "ViT-S/16", 8, ("img2vid", "transformers"))
     yield memory_of(plan, "ViT-B/16", 16, ("img2vid", "transformers"))

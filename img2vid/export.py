@@ -20,7 +20,7 @@ from torch import nn
 from img2vid.checkpoints.exporting import umask_of, write_file
 from img2vid.checkpoints.native import describe_model, main_dtype, separate
 from img2vid.choices import PROGRAM_FORMATS
-from img2vid.config import one_of
+from img2vid.config import image_size_pair, one_of
 from img2vid.model import VideoModel, VideoTextModel
 from img2vid.programs import (
     INSTEAD,
@@ -61,6 +61,7 @@ def export_program(
     text: bool = False,
     pixels: bool = False,
     fold: bool = False,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Export:
     """Write a model as a program with open batch and frames, or its weights alone, checked before it is there.
 
@@ -70,6 +71,7 @@ def export_program(
             ``safetensors``: all weights under the model's names.
         text: the text tower of a video-text model (token ids (B, L) in) instead of its video tower.
         pixels: take uint8 pixels (B, T, C, H, W) and normalise them inside; otherwise normalised clips.
+        image_size: of the clips, one number or (height, width), where it is not the model's own.
         fold: fold the gates along time into the projections before them, as ``model.fuse()`` does.
 
     Returns:
@@ -81,11 +83,11 @@ def export_program(
     """
     one_of("format", format, PROGRAM_FORMATS)
     path = Path(path)
-    check_place(path, format, text, pixels, fold)
+    check_place(path, format, text, pixels, fold, image_size)
     check_request(model, format, text)
     if format == "safetensors":
         return export_weights(model, path)
-    program = Program(model, text, pixels).eval()
+    program = Program(model, text, pixels, None if image_size is None else image_size_pair(image_size)).eval()
     shapes = [program.recorded_with, *(shape for shape in CHECKED if shape[1] >= least_steps(program, format))]
     folded = fused(model) if fold and not is_fused(model) else nullcontext()
     with torch.no_grad(), writing(path) as temporary:
@@ -97,18 +99,26 @@ def export_program(
     return written
 
 
-def check_place(path: Path, format: str, text: bool = False, pixels: bool = False, fold: bool = False) -> None:
+def check_place(
+    path: Path,
+    format: str,
+    text: bool = False,
+    pixels: bool = False,
+    fold: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+) -> None:
     """What can be said before there is a model."""
     if path.is_dir():
         raise ExportError(f"{path} is a folder; --format {format} writes one file. Give its name.")
     if format == "torch-export" and path.suffix != ".pt2":
         raise ExportError(f"torch.export.load reads files that end in .pt2; name it {path.with_suffix('.pt2')}.")
-    if text and (pixels or fold):
-        raise ExportError("--pixels and --fold are about the video tower; leave them out with --text.")
-    if format == "safetensors" and (text or pixels or fold):
+    sized = image_size is not None
+    if text and (pixels or fold or sized):
+        raise ExportError("--pixels, --fold and --image-size are about the video tower; leave them out with --text.")
+    if format == "safetensors" and (text or pixels or fold or sized):
         raise ExportError(
-            "--format safetensors holds weights, under the names the model has, and no computation: --text, --pixels "
-            "and --fold are for onnx, torch-export and torchscript."
+            "--format safetensors holds weights, under the names the model has, and no computation: --text, --pixels, "
+            "--fold and --image-size are for onnx, torch-export and torchscript."
         )
     if format == "onnx":
         need_onnx()

@@ -36,7 +36,7 @@ from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.embeddings import resample_time_embed, time_from, time_of_tokens
 from img2vid.temporal.encoder import TemporalEncoder
 from img2vid.temporal.gates import zero_linear
-from img2vid.temporal.infront import own_class, put_in_front, take_from_front
+from img2vid.temporal.infront import own_class, put_in_front, put_innermost, take_from_front
 from img2vid.temporal.pooling import first, mean_over_frames, over
 from img2vid.weights.accounting import LoadReport
 from img2vid.weights.reloading import load_image_weights
@@ -254,15 +254,18 @@ class VideoModel(Overlay, Running, Saving):
     def grad_checkpointing(self, enable: bool) -> None:
         self.set_grad_checkpointing(enable)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input during training and run the block, temporal branch included, twice."""
+    def set_grad_checkpointing(self, enable: bool = True, trunk_only: bool = False) -> None:
+        """Keep only each block's input during training and run the block, temporal branch included, twice.
+
+        Args:
+            trunk_only: the image blocks without their branches, which is what a frozen trunk should not keep.
+        """
         for _, block in self.tower.blocks:
-            is_on = isinstance(block, CheckpointedBlock)
-            if enable and not is_on:
-                put_in_front(block, CheckpointedBlock)
-                block.clip = self.clip
-            elif is_on and not enable:
+            if isinstance(block, CheckpointedBlock):
                 take_from_front(block, CheckpointedBlock)
+            if enable:
+                (put_innermost if trunk_only else put_in_front)(block, CheckpointedBlock)
+                block.clip = self.clip
 
 
 class VideoTextModel(Overlay, Running, Saving):

@@ -3,7 +3,7 @@
 Two dimensions are open, the batch and the number of frames: T goes through every layer as a number of its own (see
 ``img2vid.temporal.clip``), so a program that was recorded at one T is right at others, T = 1 included. Height and width
 are fixed: at its own size a model takes its positions as they are and elsewhere it resamples them, which are two
-programs, and recording takes one of them.
+programs, and recording takes one of them, at the model's own size or at another.
 """
 
 from __future__ import annotations
@@ -43,9 +43,17 @@ class ExportError(Img2VidError):
 class Program(nn.Module):
     """What is exported: one tensor in, one out, in the words of clips."""
 
-    def __init__(self, model: VideoModel | VideoTextModel, text: bool, pixels: bool) -> None:
+    def __init__(
+        self,
+        model: VideoModel | VideoTextModel,
+        text: bool,
+        pixels: bool,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.text, self.pixels = model, text, pixels
+        video = model.visual if isinstance(model, VideoTextModel) else model
+        self.image_size = video.tower.image_size if image_size is None else image_size
         self.dtype = main_dtype(model)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ class Program(nn.Module):
             shape = (batch, self.model.context_length)
             return torch.randint(1, self.model.vocab_size, shape, generator=generator).to(device)
         video = self.model.visual if isinstance(self.model, VideoTextModel) else self.model
-        shape = (batch, steps * video.config.tubelet_size, video.tower.in_channels, *video.tower.image_size)
+        shape = (batch, steps * video.config.tubelet_size, video.tower.in_channels, *self.image_size)
         if self.pixels:
             return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
         return torch.randn(shape, generator=generator).to(device, self.dtype)
@@ -182,6 +190,9 @@ WRITERS = {"onnx": write_onnx, "torch-export": write_torch_export, "torchscript"
 
 def last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [
+        line for line in lines if not line.startswith("The error above occurred")
+    ] or lines  # torch.export's advice
     return lines[-1][:300] if lines else type(error).__name__
 
 
@@ -205,6 +216,7 @@ def describe(program: Program, format: str) -> dict[str, str]:
         "mean": json.dumps(pixels.mean),
         "std": json.dumps(pixels.std),
         "interpolation": pixels.interpolation,
+        "image_size": json.dumps(program.image_size),
         "num_frames": str(video.config.num_frames),
         "tubelet_size": str(tubelet_size),
         "folded": str(is_fused(model)).lower(),

@@ -229,7 +229,10 @@ def print_aliases() -> None:
         table.add_row(alias, "the model inside this package, no network needed" if alias == name else name)
     console = Console()
     console.print(table)
-    console.print("Also timm:NAME[.TAG] and open_clip:ARCH[/TAG]; docs/backbones.md lists what works.", markup=False)
+    console.print(
+        "Also timm:NAME[.TAG] and open_clip:ARCH[/TAG], docs/backbones.md; hf:NAME or FOLDER, docs/transformers.md.",
+        markup=False,
+    )
 
 
 def print_grafts() -> None:

@@ -71,10 +71,7 @@ def test_the_commands_run_as_modules():
     ("missing", "statement", "extra"),
     [
         ("lightning", "import img2vid.training", "train"),
-        ("torchmetrics", "from img2vid.training.fit import main", "train"),
-        ("lightning", "from img2vid.data.module import VideoData", "train"),
         ("sklearn", "from img2vid.data.digits import load_digits; load_digits('test')", "eval"),
-        ("matplotlib", "import img2vid.plots", "plot"),
     ],
 )
 def test_what_is_not_installed_is_named_with_its_extra(missing, statement, extra):

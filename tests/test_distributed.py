@@ -37,12 +37,25 @@ def mean_losses(folder):
     return [sum(pair) / 2 for pair in zip(*ranks, strict=True)]
 
 
+GRAFTS = [
+    {"type": "lora", "rank": 4, "targets": ["attn", "temporal_attn", "mlp"]},
+    {"type": "adapter", "bottleneck": 8},
+    "aim",
+    {"type": "st_adapter", "bottleneck": 8},
+    {"type": "prompt", "form": "gated"},
+    {"type": "prompt", "name": "vpt", "num_tokens": 4},
+]
+
+
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("grafts", [[], GRAFTS], ids=["plain", "grafted"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_have_the_losses_of_one(motion_set, tmp_path, strategy):
+def test_two_processes_have_the_losses_of_one(motion_set, tmp_path, strategy, grafts):
     # 13 videos to validate on: one process has a batch more than the other
     uneven = change_list(motion_set / "val.csv", tmp_path / "val.csv", lambda rows: rows[:13])
-    given = dict(data=motion_set, epochs=1, masked=False, save_every=100, val=uneven, gradient_clip_val=0.5)
+    given = dict(
+        data=motion_set, epochs=1, masked=False, save_every=100, val=uneven, gradient_clip_val=0.5, grafts=grafts
+    )
     run(out=tmp_path / "one", batch_size=4, **given)
     two = start(given | dict(out=tmp_path / "two", batch_size=2, devices=2, strategy=strategy), 2)
     assert two.returncode == 0, two.stderr

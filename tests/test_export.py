@@ -236,3 +236,33 @@ def test_on_the_command_line_and_on_a_video(tmp_path, motion_set, capsys):
     assert main([*arguments, "--out", str(tmp_path / "text.ts")]) == 0
     said = capsys.readouterr()
     assert "dtype: bfloat16" in said.out and "Warning" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("format", "quirks"), [("onnx", ()), ("torch-export", ("nearest_positions",)), ("torchscript", ())]
+)
+def test_another_size_than_the_models_own(quirks, format, tmp_path):
+    """Positions are resampled inside the program, by the model's own rule, and batch and frames stay open."""
+    model = make(quirks=quirks, prefix_mode="shared")
+    path = tmp_path / "model.pt2"
+    written = export_program(model, path, format, image_size=(48, 24))
+    assert {shape[3:] for shape in written.differences} == {(48, 24)} and written.max_difference < 1e-4
+    assert written.metadata["image_size"] == "[48, 24]"
+    clips = torch.randn(1, 7, 3, 48, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(clips)
+    if format == "onnx":
+        got = torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {"clips": clips.numpy()})[0])
+    else:
+        got = (torch.export.load(path).module() if format == "torch-export" else torch.jit.load(path))(clips)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sizes_that_cannot_be(tmp_path):
+    with pytest.raises(img2vid.Img2VidError, match="30 x 30|30"):
+        export_program(make(), tmp_path / "a.onnx", "onnx", image_size=30)
+    with pytest.raises(ExportError, match="--image-size are about the video tower"):
+        export_program(make(small_clip()), tmp_path / "a.onnx", "onnx", image_size=48, text=True)
+    with pytest.raises(ExportError, match="--fold and --image-size are for"):
+        export_program(make(), tmp_path / "a.safetensors", "safetensors", image_size=48)
+    assert not any(tmp_path.iterdir())

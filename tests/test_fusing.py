@@ -334,3 +334,27 @@ def test_below_the_first_layer_that_sees_time_a_frozen_trunk_keeps_nothing(clips
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
         name for name, _ in model.named_parameters() if "temporal" in name or "time_embed" in name
     }
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefix_mode": "shared"}, {"causal": True}, {"temporal_layers": "last:1"}])
+def test_a_frozen_trunk_that_runs_twice_keeps_nothing(settings, clips):
+    """The same gradients, less kept: of the image blocks only their inputs."""
+
+    def run(prepare):
+        model = make(**settings)
+        freeze(model, "temporal_only")
+        return training_gradients(model, clips, prepare)
+
+    plain = run(lambda model: None)
+    trunk = run(lambda model: model.set_grad_checkpointing(trunk_only=True))
+    whole = run(lambda model: model.set_grad_checkpointing())
+    assert torch.equal(plain[0], trunk[0])
+    for name, gradient in plain[1].items():
+        assert (gradient is None and trunk[1][name] is None) or torch.equal(gradient, trunk[1][name])
+    assert whole[2] < trunk[2] < 0.75 * plain[2]
+    model = make(**settings)
+    classes = [type(block) for block in model.blocks]
+    model.set_grad_checkpointing(trunk_only=True)
+    model.set_grad_checkpointing()
+    model.grad_checkpointing = False
+    assert [type(block) for block in model.blocks] == classes

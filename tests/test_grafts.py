@@ -21,15 +21,17 @@ from img2vid.config import ConfigError, VideoConfig
 from img2vid.data.module import VideoData
 from img2vid.evaluation.attention import attention_maps
 from img2vid.export import export_program
+from img2vid.footprint import measure_on_nothing
 from img2vid.grafts import GRAFTS as TYPES
 from img2vid.grafts import GraftError, fold, graft, read_graft, remove
 from img2vid.grafts.base import Graft
 from img2vid.grafts.grafting import num_parameters, tower_of
+from img2vid.interpolation import interpolate
 from img2vid.objectives import Classification
 from img2vid.streaming import StreamError
 from img2vid.training import Tuning, VideoTraining
 from img2vid.tuning import TuningError, freeze, layer_groups
-from tests.conftest import small_clip, small_eva, small_vit
+from tests.conftest import randomize, small_clip, small_eva, small_vit
 from tests.test_transformers import make as make_hf
 from tests.training_run import fit
 
@@ -297,6 +299,36 @@ def test_half_precision(spec):
     with torch.no_grad():
         found, expected = model(clips(model=model).bfloat16()), plain(clips().bfloat16())
         assert keeps(spec, found, expected, 5e-2) == is_gated(spec)
+
+
+@every_graft
+def test_other_image_weights_load_beside_it(spec):
+    model = img2vid.convert(small_vit(), num_frames=4, grafts=[spec])
+    other = randomize(small_vit(), seed=7)
+    # copies of blocks are made anew, as those of attention are
+    before = {name: p.clone() for name, p in planted(model).items() if model.origin(name) == "new"}
+    model.load_image_weights(other.state_dict())
+    assert all(torch.equal(planted(model)[name], p) for name, p in before.items())
+    if is_gated(spec):
+        assert torch.equal(features(model), features(img2vid.convert(other, num_frames=4)))
+
+
+@every_graft
+def test_it_can_be_gone_back_on(spec):
+    """Interpolation scales what starts at zero along: at alpha 0 gated grafts add nothing, whatever is behind them."""
+    trained = push(img2vid.convert(small_vit(), num_frames=4, grafts=[spec]))
+    there, half, back = (interpolate(small_vit(), trained, alpha) for alpha in (1.0, 0.5, 0.0))
+    assert torch.equal(features(there), features(trained))
+    assert not torch.allclose(features(half), features(trained), atol=1e-3)
+    assert torch.equal(features(back), features(img2vid.convert(small_vit(), num_frames=4))) == is_gated(spec)
+
+
+@every_graft
+def test_its_cost_is_estimated_without_numbers(spec):
+    with torch.device("meta"):
+        plain, model = (img2vid.convert(small_vit(), num_frames=4, grafts=grafts) for grafts in ([], [spec]))
+    with_it, without = measure_on_nothing(model, 2), measure_on_nothing(plain, 2)
+    assert with_it.forward_flops > without.forward_flops and with_it.gradient_bytes > without.gradient_bytes
 
 
 @every_graft

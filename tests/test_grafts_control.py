@@ -7,7 +7,7 @@ import img2vid
 from img2vid.certificate import certify
 from img2vid.grafts import GraftError, graft
 from img2vid.grafts.grafting import num_parameters
-from tests.conftest import small_eva, small_vit
+from tests.conftest import randomize, small_eva, small_vit
 from tests.test_grafts import clips, features, push
 
 DIM, SPEC = 48, {"type": "control", "more": 2, "copies": 2}
@@ -120,3 +120,17 @@ def test_one_branch_a_model():
     with pytest.raises(GraftError, match="has a control branch already"):
         graft(model, [{**SPEC, "name": "second"}])
     assert [one.name for one in model.grafts] == ["control"] and model.tower.in_channels == 5
+
+
+def test_other_image_weights_are_copied_again_while_the_gates_are_closed():
+    model, other = img2vid.convert(small_vit(), num_frames=3, grafts=[SPEC]), randomize(small_vit(), seed=7)
+    report = model.load_image_weights(other.state_dict())
+    assert any("copies of blocks were copied again" in note for note in report.notes)
+    for i in range(2):
+        copy = model.tower.blocks[i][1].graft_control.copy
+        assert all(torch.equal(tensor, other.blocks[i].state_dict()[key]) for key, tensor in copy.state_dict().items())
+    torch.nn.init.normal_(model.tower.blocks[0][1].graft_control.zero_out.weight)
+    with pytest.raises(img2vid.Img2VidError, match="copies have been trained"):
+        model.load_image_weights(small_vit().state_dict())
+    model.load_image_weights(small_vit().state_dict(), refresh_copies=False)
+    assert torch.equal(model.tower.blocks[0][1].graft_control.copy.attn.qkv.weight, other.blocks[0].attn.qkv.weight)

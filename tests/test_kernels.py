@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import img2vid
 from img2vid.temporal import kernels
 from img2vid.temporal.causal import look_back
+from tests.conftest import randomize, small_vit
 
 
 def tokens(num_clips=2, positions=5, heads=3, num_frames=4, head_dim=8, **kwargs):
@@ -42,20 +44,18 @@ def test_gradients(way):
         torch.testing.assert_close(got, wanted, atol=1e-10, rtol=1e-10)
 
 
-def test_what_is_chosen_depends_on_precision_length_and_gradients():
+def test_what_is_chosen_depends_on_precision_length_and_training():
     q, k, _ = tokens()
-    assert not kernels.as_products(q, k)
-    assert kernels.as_products(q.bfloat16(), k.bfloat16())
-    assert kernels.as_products(q.requires_grad_(), k)
-    with torch.no_grad():
-        assert not kernels.as_products(q, k)
-        assert kernels.as_products(q[..., :1, :], k), "the one query of a stream"
+    assert not kernels.as_products(q, k, training=False)
+    assert kernels.as_products(q.bfloat16(), k.bfloat16(), training=False)
+    assert kernels.as_products(q, k, training=True)
+    assert kernels.as_products(q[..., :1, :], k, training=False), "the one query of a stream"
     long = tokens(positions=1, num_frames=kernels.SHORT + 1, dtype=torch.bfloat16)
-    assert not kernels.as_products(*long[:2]), "weights would be larger than what is weighed"
+    assert not kernels.as_products(*long[:2], training=True), "weights would be larger than what is weighed"
     with kernels.spelled_out():
-        assert kernels.as_products(*long[:2])
+        assert kernels.as_products(*long[:2], training=False)
     meta = [x.to("meta") for x in (q, k)]
-    assert not kernels.as_products(*meta), "on other devices, the kernels made for them"
+    assert not kernels.as_products(*meta, training=True), "on other devices, the kernels made for them"
 
 
 @pytest.mark.parametrize("most", [1, 6, 7, 10**6])
@@ -80,3 +80,11 @@ def test_in_parts_no_kernel_finds_too_many(most, monkeypatch):
     got = kernels.fused(q.as_subclass(Pretending), k, v, 0.3, None, False)
     torch.testing.assert_close(got.as_subclass(torch.Tensor), expected)
     assert max(calls) <= max(most, 3) and sum(calls) == 2 * 5 * 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"causal": True}, {"prefix_mode": "shared"}], ids=str)
+def test_in_eval_mode_the_bits_do_not_depend_on_gradients(settings, clips):
+    model = randomize(img2vid.convert(small_vit(), num_frames=3, **settings), seed=3).eval()
+    with_gradients = model(clips)
+    with torch.no_grad():
+        assert with_gradients.requires_grad and torch.equal(with_gradients, model(clips))

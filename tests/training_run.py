@@ -68,6 +68,7 @@ def run(
 ):
     """masked, mixed: draw random masks, and mix clips, which a resumed run must do again just so."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # what grafts draw at random is the same in every process
     Path(out).mkdir(parents=True, exist_ok=True)
     objectives = {} if mixed else {"pairs": Contrastive()}
     if masked:

@@ -91,7 +91,7 @@ class NearestPositions(InFront):
             return super()._pos_embed(x)
         places = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, native)  # (1, D, h, w)
         places = F.interpolate(places, size=x.shape[1:3], mode="nearest").flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         return self.pos_drop(tokens + torch.cat([self.pos_embed[:, :1], places], dim=1))
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from img2vid.choices import EXPORT_FORMATS, PROGRAM_FORMATS
 from img2vid.command import Progress
 from img2vid.errors import Img2VidError
+from img2vid.options import parse_size
 
-PROGRAM_OPTIONS = ("text", "pixels", "fold", "dtype")
+PROGRAM_OPTIONS = ("text", "pixels", "fold", "image_size", "dtype")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -37,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     programs.add_argument("--text", action="store_true", help="the text tower instead of the video tower")
     programs.add_argument("--pixels", action="store_true", help="take uint8 pixels and normalise them inside")
     programs.add_argument("--fold", action="store_true", help="fold temporal_fc into the projection in front of it")
+    programs.add_argument("--image-size", type=parse_size, metavar="PIXELS", help="of clips (default: the model's own)")
     programs.add_argument("--dtype", choices=DTYPES, help="cast the weights first (default: as they are)")
     return parser
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def export_as_checkpoint(progress: Progress, folder: str, format: str, out: str, **programs: Any) -> None:
-    if given := [f"--{name}" for name in PROGRAM_OPTIONS if programs[name]]:
+    if given := [f"--{name.replace('_', '-')}" for name in PROGRAM_OPTIONS if programs[name]]:
         raise Img2VidError(f"{', '.join(given)}: only for --format {', '.join(PROGRAM_FORMATS)}, not for {format}.")
     from img2vid.checkpoints.exporting import check_place, export_checkpoint
     from img2vid.checkpoints.native import load
@@ -67,7 +69,7 @@ def export_as_checkpoint(progress: Progress, folder: str, format: str, out: str,
         progress.say(f"Differs, though not in this model's own answers: {note}.")
 
 
-def export_as_program(progress: Progress, folder: str, format: str, out: str, dtype: str | None, **asked: bool) -> None:
+def export_as_program(progress: Progress, folder: str, format: str, out: str, dtype: str | None, **asked: Any) -> None:
     import torch
 
     from img2vid.checkpoints.native import load

@@ -228,16 +228,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_and_print(videos: VideoList, args) -> int:
-    from rich.progress import Progress
+    from img2vid.command import progress_bar
 
     source = Path(args.list)
     output = Path(args.output) if args.output else source.with_name(f"{source.stem}.checked.csv")
     if output.suffix.lower() not in FORMATS:
         raise ListError(f"{output}: a manifest is a {', '.join(FORMATS)} file")
     quarantine = output.with_name(output.stem.removesuffix(".checked") + ".quarantine.csv")
-    with Progress(transient=True) as progress:
-        task = progress.add_task("checking", total=len(videos))
-        report = check_list(videos, args.min_frames, not args.fast, args.num_workers, lambda: progress.advance(task))
+    with progress_bar("checking", len(videos)) as advance:
+        report = check_list(videos, args.min_frames, not args.fast, args.num_workers, lambda: advance(1))
     for name, count in report.class_counts.items():
         print(f"class {name}: {count}" + ("" if count else "   <- no good video"))
     labels = {row.label for row in videos.rows if row.label is not None}

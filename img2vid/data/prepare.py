@@ -160,17 +160,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare_and_print(args) -> int:
-    from rich.progress import Progress
+    from img2vid.command import progress_bar
 
     folder = Path(args.folder).resolve()
     encoding = Encoding(args.short_side, args.keyframe_interval, args.crf)
     videos = read_list(args.list, args.format, args.root, args.classes, args.split, args.subset)
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
-    with Progress(transient=True) as progress:
-        task = progress.add_task("preparing", total=len(videos))
-        advance = lambda: progress.advance(task)  # noqa: E731
-        for number, result in in_processes(prepare_row, videos.rows, (folder, encoding), args.num_workers, advance):
+    with progress_bar("preparing", len(videos)) as advance:
+        one = lambda: advance(1)  # noqa: E731
+        for number, result in in_processes(prepare_row, videos.rows, (folder, encoding), args.num_workers, one):
             if isinstance(result, VideoError):
                 result = Finding(videos.rows[number], kind="failed", problem=str(result))
             results[number] = result

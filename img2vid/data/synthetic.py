@@ -200,11 +200,10 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.pop("folder")
     try:
         settings = MotionSettings(**args)
-        from rich.progress import Progress
+        from img2vid.command import progress_bar
 
-        with Progress(transient=True) as progress:
-            task = progress.add_task("drawing", total=sum(getattr(settings, split) for split in SPLITS))
-            make_motion_set(folder, settings, lambda: progress.advance(task))
+        with progress_bar("drawing", sum(getattr(settings, split) for split in SPLITS)) as advance:
+            make_motion_set(folder, settings, lambda: advance(1))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

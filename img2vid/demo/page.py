@@ -21,6 +21,11 @@ from img2vid.model import VideoTextModel
 from img2vid.plots import attention_figure, curves_figure, save
 from img2vid.plots.canvas import INK, PALE
 
+ENOUGH_STEPS = 200  # with fewer, motion stays at chance and digits have not come back
+TOO_SHORT = (
+    "This is a short run, {steps} steps on {train} videos: it shows every stage, and is too short to learn anything "
+    "from. Run img2vid demo without --quick for that."
+)
 RESULTS = ("before-digits", "before-motion", "after-digits", "after-motion")
 
 
@@ -147,6 +152,7 @@ def tell(folder: Path, facts: dict[str, Any], figures: dict[str, Figure]) -> str
             f"nano_clip was trained on pictures of digits. It names {facts['pictures']['accuracy']:.1%} of "
             f"{facts['pictures']['number']} it has never seen, and knows nothing of time."
         ),
+        *[paragraph(TOO_SHORT.format(**size))] * (size["steps"] < ENOUGH_STEPS),
         "<h2>The same function, with room for time</h2>",
         paragraph(
             "Converting it puts attention along time into every block, copied from the block's own attention and "

@@ -44,17 +44,19 @@ class DemoError(Img2VidError):
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: videos of each split, training steps, and how many of them between two validations."""
+    """How much of everything: videos of each split, training steps, how many of them between two validations, and steps
+    in which the text tower learns the words first."""
 
     train: int
     val: int
     test: int
     steps: int
     look_every: int
+    words: int
 
 
-FULL = Size(train=4000, val=160, test=400, steps=700, look_every=100)
-QUICK = Size(train=96, val=16, test=48, steps=12, look_every=6)
+FULL = Size(train=4000, val=160, test=400, steps=700, look_every=100, words=400)
+QUICK = Size(train=96, val=16, test=48, steps=12, look_every=6, words=20)
 
 
 def tell(folder: Path, size: Size, seed: int = 0) -> dict[str, Any]:
@@ -204,6 +206,7 @@ def train(folder: Path, motion_set: Path, size: Size, seed: int) -> tuple[VideoT
     config = yaml.safe_load(RECIPE.read_text())
     config["seed_everything"] = seed
     config["model"]["save_to"] = str(folder / "trained")
+    config["model"]["objective"]["init_args"]["objectives"]["captions"]["init_args"]["spread_steps"] = size.words
     config["model"]["how"]["warmup"] = min(config["model"]["how"]["warmup"], size.steps // 4)
     config["data"] |= {f"{split}_list": str(motion_set / f"{split}.csv") for split in ("train", "val", "test")}
     config["trainer"] |= {

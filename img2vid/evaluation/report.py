@@ -93,7 +93,8 @@ def section(name: str, result: dict) -> str:
     data = result["data"]
     parts = [f"<h2>{html.escape(name)}</h2>"]
     facts = f"{counted(data)} of {data['list']} (hash {data['hash']}). {protocol_line(result['protocol'])}. "
-    facts += f"Model {result['model']['folder']}, {result['model']['hash'][:12]}."
+    model = result["model"]
+    facts += f"Model {model['folder'] or 'at hand'}, {model['hash'][:12]}."
     parts.append(f'<p class="facts">{html.escape(facts)}</p>')
     sheet = sheet_of(result, brief=False)
     parts.append(f"<p>{html.escape(sheet.title)}</p>{table(sheet)}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from img2vid.grafts.base import Site
+from img2vid.temporal.clip import ClipContext
 from img2vid.temporal.infront import InFront, fronts_of, put_in_front, put_innermost, take_from_front
 from img2vid.temporal.pooling import first
 from img2vid.temporal.prefix import with_first
@@ -35,6 +36,8 @@ class TokenScion(nn.Module):
 
 class WeightScion(nn.Module):
     """A scion of a linear map W: it adds ``delta()`` to W, which is ``forward(x)`` added to W x."""
+
+    clip: ClipContext  # given when it is put on
 
     def delta(self) -> Tensor:
         """(out, in), to be added to the weight."""
@@ -87,7 +90,8 @@ def listening(host: nn.Module) -> type[InFront]:
 
 class GraftedLinear(InFront):
     """In front of a Linear. Called, it adds what its scions make of the input; asked for its weight, it gives the sum:
-    attentions that read ``qkv.weight`` without ever calling ``qkv`` (EVA, BEiT, PyTorch's own) are not missed."""
+    attentions that read ``qkv.weight`` without ever calling ``qkv`` (EVA, BEiT, PyTorch's own) are not missed. It does
+    so during a forward; at other times it is asked by who wants the parameter itself (FSDP2, for one)."""
 
     title, serves = "Grafted", WeightScion
 
@@ -123,8 +127,9 @@ def own_weight(host: nn.Module, name: str) -> Tensor:
 def grown(host: nn.Module, name: str) -> Tensor:
     own = weight = own_weight(host, name)
     for scion in scions(host, WeightScion):
-        weight = weight + scion.delta().to(weight.dtype)
-    if own.requires_grad and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if scion.clip.is_in_flight:
+            weight = weight + scion.delta().to(weight.dtype)
+    if weight is not own and own.requires_grad and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         weight.requires_grad_()  # torch.matmul chooses how to multiply, and so to round, by this too
     return weight
 

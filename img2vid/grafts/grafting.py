@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from img2vid.grafts.base import Graft, GraftError, Site, read_grafts
-from img2vid.grafts.fronts import PREFIX, put_on, take_off
+from img2vid.grafts.fronts import PREFIX, WeightScion, put_on, take_off
 from img2vid.model import VideoModel, VideoTextModel
 
 
@@ -31,6 +31,8 @@ def insert(video: VideoModel, grafts: Iterable[Graft]) -> None:
         for site, scion in grown:
             like = next(site.host.parameters())
             scion.to(device=like.device, dtype=like.dtype).train(site.host.training)
+            if isinstance(scion, WeightScion):
+                scion.clip = video.clip
             put_on(site, graft.name, scion)
         video.grafts = (*video.grafts, graft)
         graft.planted(video)

@@ -162,7 +162,7 @@ def measure_liveness(
             for path, (gate, _) in layers.items()
         ),
         *(
-            Liveness(path, least(gate), least(others), graft=graft_of(path), depth=depths[path])
+            Liveness(path, least(gate), least(others), graft=graft_name(path), depth=depths[path])
             for path, (gate, others) in scions.items()
         ),
         *(Liveness(name, norms([parameter])) for name, parameter in alone.items()),
@@ -274,7 +274,7 @@ def planted(video: VideoModel) -> dict[str, tuple[list[nn.Parameter], list[nn.Pa
             found.setdefault(path, ([], []))[0 if is_zero else 1].append(parameter)
     # a branch of a user's own may keep its gate beside it (graft_fc): then this is no place of its own
     names = {graft.name for graft in video.grafts}
-    return {path: parts for path, parts in found.items() if graft_of(path) in names}
+    return {path: parts for path, parts in found.items() if graft_name(path) in names}
 
 
 def place_of(name: str, is_zero: bool) -> str | None:
@@ -288,8 +288,8 @@ def place_of(name: str, is_zero: bool) -> str | None:
     return block if time else name if is_zero else path
 
 
-def graft_of(path: str) -> str:
-    return path.rpartition("graft_")[2].split(".")[0]
+def graft_name(path: str) -> str:
+    return f".{path}".rpartition(".graft_")[2].split(".")[0]
 
 
 def depth_of(video: VideoModel, path: str) -> int:

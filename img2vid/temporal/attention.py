@@ -149,7 +149,7 @@ class TemporalAttention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What of the frames' values each frame gets, (B, S, H, T, head_dim)."""
-        return attend(q, k, v, self.scale)
+        return attend(q, k, v, self.scale, training=self.training)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, scale={self.scale:.4g}"

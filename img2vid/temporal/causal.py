@@ -24,7 +24,7 @@ class CausalAttention(InFront):
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, S, H, T, head_dim)
         past = self.clip.past
         if past is None:
-            return attend(q, k, v, self.scale, causal=True)
+            return attend(q, k, v, self.scale, causal=True, training=self.training)
         k, v, mask = past.of(self).recall(k, v, past.num_steps)
         return attend(q, k, v, self.scale, mask)
 

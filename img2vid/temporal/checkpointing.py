@@ -12,6 +12,9 @@ from img2vid.temporal.infront import InFront
 class CheckpointedBlock(InFront):
     """Keeps a block's input only and runs the block once more during backward.
 
+    Behind all others it is the image block alone that runs again, and what the branch in front needs is kept: less
+    arithmetic than running both again, and where the trunk is frozen, most of what is kept is the trunk's.
+
     The image libraries' own checkpointing would rerun blocks when the video model's forward is over and T is no longer
     known; here T is remembered with the input.
     """

@@ -60,6 +60,11 @@ class ClipContext:
         return ClipContext, ()  # copies and pickles take no lock along
 
     @property
+    def is_in_flight(self) -> bool:
+        """Whether a video model's forward is on its way."""
+        return self._num_frames is not None
+
+    @property
     def num_frames(self) -> int:
         if self._num_frames is None:
             raise RuntimeError(

@@ -1,8 +1,8 @@
 """How attention along time is computed: many very short sequences, one for each clip, position and head.
 
 They are what fused attention kernels are worst at: those cut sequences into blocks of 32 frames and more, and T mostly
-is 8. So which way is taken has been measured (docs/performance.md), on CPUs by precision, length and whether gradients
-are asked for; it depends on nothing else, so that equal calls give equal bits.
+is 8. So which way is taken has been measured (docs/performance.md), on CPUs by precision, length and training; it
+depends on nothing else, so that equal calls give equal bits.
 
     products   two batched matrix products and a softmax between them
     fused      torch's scaled_dot_product_attention, clip by clip or of all at once, in parts no kernel finds too many
@@ -34,29 +34,39 @@ def spelled_out() -> Iterator[None]:
         _spelled_out.reset(token)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    training: bool = False,
+) -> Tensor:
     """Attention of (B, S, H, T, head_dim), or of (B, H, T, head_dim).
 
     Args:
         mask: (T, K), True where a frame may look.
         causal: each may look at itself and at earlier ones.
+        training: whether gradients will be asked for, which makes another way the fastest. Not whether they could be: a
+            model in eval mode gives the same bits with and without.
     """
     if q.ndim == 4:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
     if torch.compiler.is_exporting():  # ONNX knows attention of 4 dimensions only
         return attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale, mask, causal).unflatten(0, q.shape[:2])
-    if as_products(q, k):
+    if as_products(q, k, training):
         return products(q, k, v, scale, mask, causal)
     return fused(q, k, v, scale, mask, causal)
 
 
-def as_products(q: Tensor, k: Tensor) -> bool:
+def as_products(q: Tensor, k: Tensor, training: bool) -> bool:
     if _spelled_out.get():
         return True
     if q.device.type != "cpu" or k.shape[-2] > SHORT:
         return False
     one_query = q.shape[-2] == 1  # of a stream
-    return one_query or q.dtype != torch.float32 or (torch.is_grad_enabled() and q.requires_grad)
+    return one_query or training or q.dtype != torch.float32
 
 
 def products(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -58,7 +58,8 @@ class VideoTraining(pl.LightningModule):
         weights: local weights file for the backbone.
         random_weights: build the backbone without loading any weights.
         chunk_size: clips at a time in the video tower (gradient cache); None for all at once.
-        grad_checkpointing: keep only each block's input in memory, and run blocks twice.
+        grad_checkpointing: keep only each block's input in memory, and run blocks twice; ``trunk`` for the image blocks
+            alone, without their branches along time.
         compile: torch.compile each block, for clips of one fixed shape.
         save_to: folder for the trained model in img2vid's format; None for ``model`` beside the logs.
         seed: of dropout, mixing and masks. Each batch has its own seed, so a resumed run need not know more.
@@ -73,7 +74,7 @@ class VideoTraining(pl.LightningModule):
         weights: str | None = None,
         random_weights: bool = False,
         chunk_size: int | None = None,
-        grad_checkpointing: bool = False,
+        grad_checkpointing: bool | Literal["trunk"] = False,
         compile: bool = False,
         save_to: str | None = None,
         seed: int = 0,
@@ -88,7 +89,9 @@ class VideoTraining(pl.LightningModule):
         freeze_what_is_not_read(self.model, objective)
         self.model.train()
         eval_frozen(self.model)
-        if grad_checkpointing:
+        if grad_checkpointing == "trunk":
+            getattr(self.model, "visual", self.model).set_grad_checkpointing(trunk_only=True)
+        elif grad_checkpointing:
             self.model.set_grad_checkpointing()
         # to say in the end how far it moved; not part of the module's state
         self.beginning = Beginning({name: tensor.clone() for name, tensor in self.model.state_dict().items()})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from img2vid.backbones.reading import read_block
 from img2vid.errors import WeightsError
+from img2vid.origins import GRAFTED_COPIES, scion_of
 from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.weights.accounting import LoadReport, listed, load_weights
@@ -44,12 +45,35 @@ def load_image_weights(
         )
     if video.config.tubelet_size > 1 and video.config.tubelet_init == "average":
         divide_among_frames(model, video, state)
+    blocks = grafted_copies(video)
+    if refresh_copies and any(bool(p.any()) for name, p in video.zero_parameters().items() if scion_of(name) in blocks):
+        raise WeightsError(
+            "The gates of copied blocks have moved, nothing was loaded: a graft's copies have been trained. Give "
+            "refresh_copies=False to keep them beside the new image weights."
+        )
     report = load_weights(model, state, allow_new=time_keys, source="the image checkpoint")
     if copied and refresh_copies:
         copy_again(video)
         report.notes.append("Temporal attention was copied again from the new weights.")
+    if blocks and refresh_copies:
+        own = video.state_dict()
+        with torch.no_grad():
+            for key, source in (pair for pairs in blocks.values() for pair in pairs.items()):
+                own[key].copy_(own[source])
+        report.notes.append("A graft's copies of blocks were copied again from the new weights.")
     video.image_weights = "a checkpoint given to load_image_weights"
     return report
+
+
+def grafted_copies(video: VideoModel) -> dict[str, dict[str, str]]:
+    """What grafts have copied of whole blocks, place by place: its keys, and those it was copied from."""
+    found: dict[str, dict[str, str]] = {}
+    for key in video.state_dict():
+        place = scion_of(key)
+        if place is not None and re.fullmatch(GRAFTED_COPIES, key):
+            home, rest = place.rpartition("graft_")[0], key.removeprefix(f"{place}.copy.")
+            found.setdefault(place, {})[key] = home + rest
+    return found
 
 
 def temporal_blocks(video: VideoModel) -> list[SpaceTimeBlock]:
@@ -64,7 +88,8 @@ def copies_in_use(video: VideoModel) -> bool:
             return True
         if not gate:
             copy = TemporalAttention.from_spatial(read_block(block), "copy").state_dict()
-            if any(not torch.equal(copy[key], tensor) for key, tensor in block.temporal_attn.state_dict().items()):
+            now = block.temporal_attn.state_dict()
+            if any(not torch.equal(now[key], tensor) for key, tensor in copy.items()):
                 return True
     return False
 
@@ -74,7 +99,8 @@ def copy_again(video: VideoModel) -> None:
     for block in temporal_blocks(video):
         spatial = read_block(block)
         block.temporal_norm1.load_state_dict(spatial.norm.state_dict())
-        block.temporal_attn.load_state_dict(TemporalAttention.from_spatial(spatial, "copy").state_dict())
+        copy = TemporalAttention.from_spatial(spatial, "copy").state_dict()
+        block.temporal_attn.load_state_dict({**block.temporal_attn.state_dict(), **copy})  # grafts in it stay
 
 
 def divide_among_frames(model: nn.Module, video: VideoModel, state: dict[str, Tensor]) -> None:
