@@ -160,6 +160,16 @@ def test_balance_needs_experts_in_training():
         BalanceExperts()(Step(with_experts().eval(), {"clip": clips()}))
 
 
+def test_flops_are_those_of_the_experts_that_are_asked():
+    flops = {}
+    for name, options in {"plain": None, "sparse": {}, "dense": {"compute": "dense"}}.items():
+        grafts = [] if options is None else [{"type": "experts", "num_experts": 4, "layers": "all", **options}]
+        flops[name] = img2vid.inspect("timm:vit_tiny_patch16_224", num_frames=1, grafts=grafts).flops_per_clip
+    mlps = 12 * 197 * 2 * 2 * 192 * 768
+    assert flops["sparse"] - flops["plain"] == pytest.approx(mlps, rel=0.02)
+    assert flops["dense"] - flops["plain"] == pytest.approx(3 * mlps, rel=0.02)
+
+
 def test_dense_experts_export():
     model = with_experts(compute="dense").eval()
     program = torch.export.export(model, (clips(),), strict=False)

@@ -168,6 +168,16 @@ def test_streams_go_on_where_the_other_tower_sees_frame_by_frame():
         fused(causal=True, towers=[IN_TIME])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_channels_that_the_first_tower_got_are_its_own(order):
+    model = convert(small_vit(), num_frames=4)
+    specs = [{"type": "channels", "more": 2}, {"type": "fusion", "towers": ["nano_clip"], "mode": "concat"}]
+    graft(model, specs[::order])
+    x = clips()
+    more = torch.cat([x, torch.randn(2, 4, 2, 32, 32)], dim=2)
+    assert torch.equal(model(more), fused(mode="concat")(x))
+
+
 def test_two_others_tubelets_and_half_precision():
     model = fused(towers=["nano_clip", IN_TIME], tubelet_size=2)
     assert model.graft_fusion.zero_gate.in_features == 128

@@ -79,7 +79,7 @@ class Experts(nn.Module):
         """Each expert on its own tokens: (n, D) -> (n, k, D)."""
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
-        counts = flat.bincount(minlength=len(self.zero_experts)).tolist()
+        counts = how_many(flat, len(self.zero_experts))
         parts = tokens[order // self.top_k].split(counts)
         sorted_outputs = torch.cat([self.expert(e)(part) for e, part in enumerate(parts)])
         return sorted_outputs[order.argsort()].unflatten(0, chosen.shape)
@@ -89,6 +89,13 @@ class Experts(nn.Module):
         expert = self.zero_experts[number]
         weights = {name: summed(attrgetter(name)(self.host), p) for name, p in expert.named_parameters()}
         return lambda x: functional_call(expert, weights, (x,))
+
+
+def how_many(asked: Tensor, num_experts: int) -> list[int]:
+    """Tokens of each expert; of tokens without numbers (torch's meta device), as of a router that is fair."""
+    if asked.is_meta:
+        return [len(asked) // num_experts + (e < len(asked) % num_experts) for e in range(num_experts)]
+    return asked.bincount(minlength=num_experts).tolist()
 
 
 def summed(own: Tensor, difference: Tensor) -> Tensor:

@@ -70,17 +70,18 @@ class OtherTowers(nn.Module):
 def seen_by(tower: VideoModel, clips: Tensor, host: VideoModel) -> Tensor:
     """Clips (B, T, C, H, W), normalised for ``host``, as ``tower`` wants them: its size, its mean and deviation."""
     given, wanted, size = host.tower.preprocess, tower.tower.preprocess, tower.tower.image_size
+    known = tower.tower.in_channels  # of the first tower's there may be more, by a graft of its own
+    clips, mean, std = clips[:, :, :known], given.mean[:known], given.std[:known]
     if tuple(clips.shape[-2:]) != tuple(size):
         frames = clips.flatten(0, 1).float()  # resizing and normalising commute, up to rounding
         frames = F.interpolate(frames, size=size, mode=wanted.interpolation, antialias=True)
         clips = frames.unflatten(0, clips.shape[:2]).to(clips.dtype)
-    if (given.mean, given.std) == (wanted.mean, wanted.std):
+    if (tuple(mean), tuple(std)) == (tuple(wanted.mean), tuple(wanted.std)):
         return clips
-    mean, std, own_mean, own_std = (
-        torch.tensor(values, device=clips.device).view(-1, 1, 1)
-        for values in (given.mean, given.std, wanted.mean, wanted.std)
+    was_mean, was_std, own_mean, own_std = (
+        torch.tensor(values, device=clips.device).view(-1, 1, 1) for values in (mean, std, wanted.mean, wanted.std)
     )
-    return ((clips * std + mean - own_mean) / own_std).to(clips.dtype)
+    return ((clips * was_std + was_mean - own_mean) / own_std).to(clips.dtype)
 
 
 def in_steps(x: Tensor, num_steps: int) -> Tensor:
@@ -203,9 +204,10 @@ class Fusion(Graft):
             raise GraftError(
                 f"{name} would give logits, not features: leave out num_classes={other.config.num_classes}."
             )
-        if other.tower.in_channels != video.tower.in_channels:
+        channels = video.tower.in_channels - sum(getattr(one, "more", 0) for one in video.grafts)
+        if other.tower.in_channels != channels:
             raise GraftError(
-                f"{name} takes {other.tower.in_channels} channels, the first tower {video.tower.in_channels}."
+                f"{name} takes images of {other.tower.in_channels} channels, the first tower of {channels}."
             )
         if video.config.tubelet_size % other.config.tubelet_size:
             raise GraftError(
