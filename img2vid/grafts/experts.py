@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from img2vid.config import ConfigError, block_numbers, layer_rule, one_of, whole_number
 from img2vid.grafts.adapters import sublayer_sites
@@ -29,6 +30,7 @@ from img2vid.grafts.base import Graft, GraftError, Site, register
 from img2vid.grafts.fronts import PREFIX, GraftedSequential, scions
 from img2vid.proof.guarantees import KINDS, Guarantee
 from img2vid.temporal.infront import InFront, own_class
+from img2vid.temporal.unchanged import is_readable
 
 if TYPE_CHECKING:
     from img2vid.model import VideoModel
@@ -79,7 +81,11 @@ class Experts(nn.Module):
         """Each expert on its own tokens: (n, D) -> (n, k, D)."""
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
-        counts = flat.bincount(minlength=len(self.zero_experts)).tolist()
+        number = len(self.zero_experts)
+        if is_readable(flat):
+            counts = flat.bincount(minlength=number).tolist()
+        else:  # numbers that are none (img2vid estimate): as if the router were even
+            counts = [len(part) for part in torch.empty(len(flat), device="meta").tensor_split(number)]
         parts = tokens[order // self.top_k].split(counts)
         sorted_outputs = torch.cat([self.expert(e)(part) for e, part in enumerate(parts)])
         return sorted_outputs[order.argsort()].unflatten(0, chosen.shape)
@@ -106,7 +112,7 @@ def balance_loss(shares: Tensor, chosen: Tensor) -> Tensor:
         chosen: (n, k), which experts were asked.
     """
     num_experts = shares.shape[1]
-    asked = chosen.flatten().bincount(minlength=num_experts).to(shares.dtype) / chosen.numel()
+    asked = F.one_hot(chosen.flatten(), num_experts).sum(dim=0).to(shares.dtype) / chosen.numel()
     return num_experts * (asked * shares.mean(dim=0)).sum()
 
 
