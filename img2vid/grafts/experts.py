@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 
 from img2vid.config import ConfigError, block_numbers, layer_rule, one_of, whole_number
@@ -92,8 +93,8 @@ class Experts(nn.Module):
 
 
 def how_many(asked: Tensor, num_experts: int) -> list[int]:
-    """Tokens of each expert; of tokens without numbers (torch's meta device), as of a router that is fair."""
-    if asked.is_meta:
+    """Tokens of each expert; of tokens without numbers (meta or fake tensors), as of a router that is fair."""
+    if asked.is_meta or isinstance(asked, FakeTensor):
         return [len(asked) // num_experts + (e < len(asked) % num_experts) for e in range(num_experts)]
     return asked.bincount(minlength=num_experts).tolist()
 
@@ -113,7 +114,8 @@ def balance_loss(shares: Tensor, chosen: Tensor) -> Tensor:
         chosen: (n, k), which experts were asked.
     """
     num_experts = shares.shape[1]
-    asked = chosen.flatten().bincount(minlength=num_experts).to(shares.dtype) / chosen.numel()
+    is_asked = chosen.flatten().unsqueeze(1) == torch.arange(num_experts, device=chosen.device)  # (n k, E)
+    asked = is_asked.to(shares.dtype).mean(dim=0)
     return num_experts * (asked * shares.mean(dim=0)).sum()
 
 
