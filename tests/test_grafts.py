@@ -29,6 +29,7 @@ from img2vid.grafts.grafting import num_parameters, tower_of
 from img2vid.interpolation import interpolate
 from img2vid.objectives import Classification
 from img2vid.streaming import StreamError
+from img2vid.temporal.pooling import first
 from img2vid.training import Tuning, VideoTraining
 from img2vid.tuning import TuningError, freeze, layer_groups
 from tests.conftest import randomize, small_clip, small_eva, small_vit
@@ -531,3 +532,15 @@ def test_yaml_names_grafts(motion_set):
     text = "backbone: nano_clip\nnum_frames: 2\ngrafts:\n  - {type: lora, rank: 2, targets: [attn, mlp]}\n"
     model = img2vid.convert(**yaml.safe_load(text))
     assert read_graft(model.config.grafts[0]).targets == ("attn", "mlp")
+
+
+@pytest.mark.parametrize("name", [name for name, spec in GRAFTS.items() if not TYPES[spec["type"]].mixes_frames])
+@torch.no_grad()
+def test_frames_shown_one_at_a_time_are_those_of_the_clip(name):
+    """On a tower whose attention reads its weights. What mixes frames is refused, as tested above."""
+    model = push(img2vid.convert(small_clip(), num_frames=4, causal=True, grafts=[GRAFTS[name]]))
+    video = tower_of(model)
+    shown = clips(3, model=model)
+    whole, stream = first(video.frame_features(shown)), video.stream()
+    for t in range(3):
+        torch.testing.assert_close(stream(shown[:, t]).frame, whole[:, t], atol=1e-4, rtol=1e-4)

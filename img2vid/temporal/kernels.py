@@ -53,7 +53,8 @@ def attend(
     """
     if q.ndim == 4:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-    if torch.compiler.is_exporting():  # ONNX knows attention of 4 dimensions only
+    # ONNX knows attention of 4 dimensions only, and a trace would count the clips one by one
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale, mask, causal).unflatten(0, q.shape[:2])
     if as_products(q, k, training):
         return products(q, k, v, scale, mask, causal)
