@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 
 from img2vid.config import ConfigError, block_numbers, layer_rule, one_of, whole_number
@@ -59,30 +60,30 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (..., N, D) -> the same, each of its k experts."""
-        shares = self.router(x.flatten(0, -2)).float().softmax(dim=-1)  # (n, E)
-        top, chosen = shares.topk(self.top_k, dim=-1)  # (n, k)
+        shares = self.router(x).float().softmax(dim=-1)  # (..., N, E)
+        top, chosen = shares.topk(self.top_k, dim=-1)  # (..., N, k)
         if self.training:
-            self.balance.loss = balance_loss(shares, chosen)
-        weights = (top / top.sum(dim=-1, keepdim=True)).to(x.dtype).unsqueeze(-1)  # (n, k, 1)
+            self.balance.loss = balance_loss(shares.flatten(0, -2), chosen.flatten(0, -2))
+        weights = (top / top.sum(dim=-1, keepdim=True)).to(x.dtype).unsqueeze(-1)  # (..., N, k, 1)
         # a program that is exported or compiled has one shape for whatever a router says
         is_dense = self.compute == "dense" or torch.compiler.is_compiling()
-        outputs = self.dense(x, chosen) if is_dense else self.sparse(x.flatten(0, -2), chosen)
-        y = outputs[:, 0] + (weights[:, 1:] * (outputs[:, 1:] - outputs[:, :1])).sum(dim=1)
-        return y.view(*x.shape[:-1], -1)
+        outputs = self.dense(x, chosen) if is_dense else self.sparse(x, chosen)
+        best, others = outputs[..., :1, :], outputs[..., 1:, :]
+        return best.squeeze(-2) + (weights[..., 1:, :] * (others - best)).sum(dim=-2)
 
     def dense(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """All experts on all tokens, then those that were chosen: (n, k, D)."""
-        every = torch.stack([self.expert(e)(x).flatten(0, -2) for e in range(len(self.zero_experts))], dim=1)
-        return every.take_along_dim(chosen.unsqueeze(-1), dim=1)
+        """All experts on all tokens, then those that were chosen: (..., N, D) -> (..., N, k, D)."""
+        every = torch.stack([self.expert(e)(x) for e in range(len(self.zero_experts))], dim=-2)
+        return every.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, every.shape[-1]))
 
-    def sparse(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        """Each expert on its own tokens: (n, D) -> (n, k, D)."""
-        flat = chosen.flatten()
-        order = flat.argsort(stable=True)
-        counts = how_many(flat, len(self.zero_experts))
-        parts = tokens[order // self.top_k].split(counts)
-        sorted_outputs = torch.cat([self.expert(e)(part) for e, part in enumerate(parts)])
-        return sorted_outputs[order.argsort()].unflatten(0, chosen.shape)
+    def sparse(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Each expert on its own tokens: (..., N, D) -> (..., N, k, D)."""
+        asked = chosen.flatten()
+        order = asked.argsort(stable=True)
+        counts = how_many(asked, len(self.zero_experts))
+        parts = x.flatten(0, -2)[order // self.top_k].split(counts)
+        in_order = torch.cat([self.expert(e)(part) for e, part in enumerate(parts)])
+        return in_order[order.argsort()].view(*chosen.shape, -1)
 
     def expert(self, number: int) -> Callable[[Tensor], Tensor]:
         """The host's own function, with its weights (and what other grafts make of them) plus a difference."""
@@ -92,8 +93,8 @@ class Experts(nn.Module):
 
 
 def how_many(asked: Tensor, num_experts: int) -> list[int]:
-    """Tokens of each expert; of tokens without numbers (torch's meta device), as of a router that is fair."""
-    if asked.is_meta:
+    """Tokens of each expert; of tokens without numbers (meta or fake tensors), as of a router that is fair."""
+    if asked.is_meta or isinstance(asked, FakeTensor):
         return [len(asked) // num_experts + (e < len(asked) % num_experts) for e in range(num_experts)]
     return asked.bincount(minlength=num_experts).tolist()
 
@@ -113,7 +114,8 @@ def balance_loss(shares: Tensor, chosen: Tensor) -> Tensor:
         chosen: (n, k), which experts were asked.
     """
     num_experts = shares.shape[1]
-    asked = chosen.flatten().bincount(minlength=num_experts).to(shares.dtype) / chosen.numel()
+    is_asked = chosen.flatten().unsqueeze(1) == torch.arange(num_experts, device=chosen.device)  # (n k, E)
+    asked = is_asked.to(shares.dtype).mean(dim=0)
     return num_experts * (asked * shares.mean(dim=0)).sum()
 
 
