@@ -1,5 +1,6 @@
 """LoRA against peft, which knows nothing of us; and the weights that libraries read without calling their module."""
 
+import peft
 import pytest
 import timm
 import torch
@@ -12,7 +13,6 @@ from img2vid.grafts.peft import load_adapter, save_adapter
 from tests.conftest import randomize, small_clip, small_eva, small_vit
 from tests.test_grafts import features, push
 
-peft = pytest.importorskip("peft")
 images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
