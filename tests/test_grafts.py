@@ -363,6 +363,16 @@ def test_exports_refuse_what_they_cannot_say(spec, tmp_path):
 # ---- the contract itself
 
 
+@pytest.mark.parametrize("trunk_only", [False, True])
+def test_what_is_run_twice_stays_what_was_asked_for(trunk_only):
+    model = img2vid.convert(small_vit(), num_frames=4)
+    model.set_grad_checkpointing(trunk_only=trunk_only)
+    before = [type(block) for block in model.blocks]
+    graft(model, ["adapter", "st_adapter"])
+    remove(model)
+    assert [type(block) for block in model.blocks] == before and model.grad_checkpointing
+
+
 def test_two_of_one_type_need_two_names():
     with pytest.raises(ConfigError, match="Two grafts are called 'lora'"):
         img2vid.convert(small_vit(), grafts=["lora", "lora"])

@@ -12,6 +12,8 @@ from torch import nn
 from img2vid.grafts.base import Graft, GraftError, Site, read_grafts
 from img2vid.grafts.fronts import PREFIX, WeightScion, put_on, take_off
 from img2vid.model import VideoModel, VideoTextModel
+from img2vid.temporal.checkpointing import CheckpointedBlock
+from img2vid.temporal.infront import fronts_of
 
 
 def insert(video: VideoModel, grafts: Iterable[Graft]) -> None:
@@ -143,11 +145,13 @@ def without_checkpointing(model: VideoModel | VideoTextModel) -> Iterator[None]:
     """Inside, no block is checkpointed: what is put on a block belongs into what is run twice."""
     video = tower_of(model)
     was_on = video.grad_checkpointing
+    stacks = [fronts_of(block) for _, block in video.tower.blocks]
+    trunk_only = any(len(fronts) > 1 and fronts[0] is CheckpointedBlock for fronts in stacks)
     video.set_grad_checkpointing(False)
     try:
         yield
     finally:
-        video.set_grad_checkpointing(was_on)
+        video.set_grad_checkpointing(was_on, trunk_only)
 
 
 def tower_of(model: VideoModel | VideoTextModel) -> VideoModel:
