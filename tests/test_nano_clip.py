@@ -213,7 +213,7 @@ def test_missing_scikit_learn_says_what_to_install(monkeypatch):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
-    with pytest.raises(ImportError, match="pip install scikit-learn") as caught:
+    with pytest.raises(ImportError, match="scikit-learn, which is not installed. Run: pip install 'img2vid") as caught:
         load_digits("train")
     assert isinstance(caught.value, Img2VidError)  # a command prints its text alone
 
