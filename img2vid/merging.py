@@ -45,7 +45,7 @@ def slerp(start: State, end: State, alpha: float) -> dict[str, Tensor]:
     Where two point the same way, or opposite ways, there is no one arc, and the straight line is taken.
     """
     if not 0.0 <= alpha <= 1.0:
-        raise MergeError(f"{alpha} of the arc (--shares): expected a number from 0 (the first model) to 1 (the second).")
+        raise MergeError(f"{alpha} of the arc (--shares): expected 0 (the first model) to 1 (the second), or between.")
     return {key: on_arc(start[key], end[key], alpha, is_tanh_gate(key)) for key in start}
 
 
