@@ -111,5 +111,9 @@ class Memory:
         self.keys[..., slots, :], self.values[..., slots, :] = k[..., -kept:, :], v[..., -kept:, :]
         return self.keys.shape[3]
 
-    def slots_of(self, first: int, count: int) -> list[int]:
-        return [frame % self.keys.shape[3] for frame in range(first, first + count)]
+    def slots_of(self, first: int, count: int) -> list[int] | slice:
+        """Where frames ``first``, ``first + 1``, ... lie: a slice, which copies nothing, unless they go around."""
+        slots = self.keys.shape[3]
+        if first % slots + count <= slots:
+            return slice(first % slots, first % slots + count)
+        return [frame % slots for frame in range(first, first + count)]
