@@ -24,12 +24,13 @@ import torch
 import yaml
 from torch import nn
 
-import img2vid
 from benchmarks import trials
 from benchmarks.timing import Run, ratio, take_turns
 from benchmarks.trials import END
+from img2vid.backbones import load_backbone
+from img2vid.config import VideoConfig
 from img2vid.footprint import Footprint, measure, measure_on_nothing
-from img2vid.model import VideoModel
+from img2vid.model import VideoModel, build_model
 from img2vid.tuning import Tuning, eval_frozen, freeze
 
 FOLDER = trials.CONFIG.parent / "recipes"
@@ -46,12 +47,12 @@ def settings(config: Path, name: str) -> tuple[dict[str, Any], str]:
     return video | ({"num_classes": 8} if is_probe else {}), recipe["how"]["freeze"]
 
 
-def tower(video: dict[str, Any], policy: str, meta: bool = False) -> VideoModel:
-    """The video tower of a recipe, its gates opened (nothing may be saved because it is zero), frozen as it says."""
-    with torch.device("meta" if meta else "cpu"):
-        model = img2vid.convert(**video, random_weights=True)
+def tower(video: dict[str, Any], policy: str, on_meta: bool = False) -> VideoModel:
+    """The video tower of a recipe, frozen as it says, its gates opened: nothing may be saved because it is zero."""
+    config = VideoConfig.from_dict(video)
+    model = build_model(load_backbone(config.backbone, random_weights=not on_meta, on_meta=on_meta), config)
     model = getattr(model, "visual", model)
-    if not meta:
+    if not on_meta:
         for parameter in model.zero_parameters().values():
             nn.init.normal_(parameter, std=0.02)
     freeze(model, policy)
@@ -94,7 +95,7 @@ def costs(config: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         small = measure(model, lambda model=model, clips=clips: model(clips).square().mean(), [clips])
         eval_frozen(model)  # measuring puts all of it in training mode
         steps[name] = step_of(model, batch)
-        large = tower(video | {"backbone": "clip_b16", "num_frames": 8}, policy, meta=True)
+        large = tower(video | {"backbone": "clip_b16", "num_frames": 8}, policy, on_meta=True)
         counted = measure_on_nothing(large, 1)
         found[name] = {
             "trainable": trainable(model),
