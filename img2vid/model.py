@@ -126,11 +126,17 @@ class VideoModel(Overlay, Running, Saving):
 
     # ---- forward, from clips to features
 
-    def forward(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, clips: Tensor, **beside: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Clips (B, T, C, H, W), normalised like the backbone's images -> features (B, D), or logits (B, num_classes).
 
         A tower that returns several tensors for an image (CoCa: pooled, tokens) returns each of them for the clip.
+
+        Args:
+            beside: a vector for each clip (B, E) by its name, where a graft takes one (``img2vid.grafts.vector``).
         """
+        if beside:
+            with self.beside(**beside):
+                return self.forward(clips)
         features = self.clip_features(clips)
         return features if self.config.num_classes is None else self.classifier(first(features))
 
@@ -295,12 +301,16 @@ class VideoTextModel(Overlay, Running, Saving):
         else:
             image_text_model.visual = video
 
-    def encode_video(self, clips: Tensor, normalize: bool | None = None) -> Tensor:
+    def encode_video(self, clips: Tensor, normalize: bool | None = None, **beside: Tensor) -> Tensor:
         """Clips (B, T, C, H, W) -> features (B, D) in the space of the text features.
 
         Args:
             normalize: to length 1; None does what the wrapped class does by default (CLIP: no, CoCa: yes).
+            beside: a vector for each clip (B, E) by its name, where a graft takes one.
         """
+        if beside:
+            with self.beside(**beside):
+                return self.encode_video(clips, normalize)
         if normalize is None:
             normalize = inspect.signature(self.base.encode_image).parameters["normalize"].default
         if hasattr(self.base, "to_text_space"):

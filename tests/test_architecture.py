@@ -20,7 +20,7 @@ TIERS = [
     {"temporal"},
     {"backbones"},
     {"surgery", "clips"},
-    {"origins", "streaming"},
+    {"origins", "streaming", "beside"},
     {"running"},
     {"weights.reloading"},
     {"checkpoints.saving"},
