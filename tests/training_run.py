@@ -41,6 +41,8 @@ class Record(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         with open(Path(self.out) / f"losses-{trainer.global_rank}.txt", "a") as file:
             file.write(f"{trainer.global_step} {outputs['loss'].double().item().hex()}\n")
+        with open(Path(self.out) / f"logged-{trainer.global_rank}.txt", "a") as file:
+            file.write(f"{trainer.callback_metrics['loss'].item()}\n")
 
 
 def run(

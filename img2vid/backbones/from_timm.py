@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from img2vid.backbones.activations import set_activation
 from img2vid.backbones.any_size import set_cait_size
-from img2vid.backbones.building import building, say_loading, set_norm_eps
+from img2vid.backbones.building import building, say_loading, set_norm_eps, will_be_loaded, without_numbers
 from img2vid.backbones.hub import fetching
 from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
@@ -91,7 +92,10 @@ def load_timm(
         set_image_size(model, image_size)
     else:
         if device != "meta":
-            with building(str(name), described), torch.device(device):
+            # some tables are resized by way of their numbers, so those are needed where sizes change
+            is_empty = (weights is not None or will_be_loaded()) and image_size is None
+            numbers = without_numbers() if is_empty else nullcontext()
+            with building(str(name), described), torch.device(device), numbers:
                 model = timm.create_model(full_name, pretrained=False, **arguments)
         source = None
         set_norm_eps(model, norm_eps)
