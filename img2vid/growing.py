@@ -93,6 +93,8 @@ def grow(
     grown.to(main_dtype(model))
     generator = torch.Generator().manual_seed(seed)
     counts = [read_block(one.tower.blocks[0][1]).num_heads for one in (video, tower_of(grown))]
+    if counts[1] < counts[0]:
+        raise GrowthError(f"heads={heads}: there are {counts[0]} already; they only ever become more.")
     source = with_heads(model, counts[1], generator)
     old_maps, new_maps = linear_maps(video.tower), linear_maps(tower_of(grown).tower)
     hidden = width_of_mlp(old_maps[0]), width_of_mlp(new_maps[0])

@@ -11,6 +11,7 @@ from img2vid.certificate import certify
 from img2vid.checkpoints.rebuilding import tower_of
 from img2vid.cli import main as cli
 from img2vid.evaluation.attention import attention_maps
+from img2vid.export import export_program
 from img2vid.growing import GrowthError, Widening, grow, spread
 from tests.conftest import randomize, small_vit
 from tests.test_transformers import make as make_hf
@@ -32,6 +33,7 @@ WITH_HEADS = [name for name in TOWERS if name != "beit"]
 
 
 def make(name="vit", **settings):
+    torch.manual_seed(0)
     if name == "clip":
         model = img2vid.convert("nano_clip", **{"num_frames": 3, "random_weights": True, **settings})
         return randomize(model, std=0.1).eval()
@@ -264,6 +266,7 @@ def test_the_command(tmp_path, capsys):
     [
         (lambda: img2vid.convert(small_vit()), {"depth": 4}, "passed in by hand cannot be grown"),
         (lambda: make(), {"heads": 3}, "heads=3: there are 4 already"),
+        (lambda: make(backbone_args={**SHAPE, "heads": 7}), {"heads": 6}, "heads=6: there are 7 already"),
         (lambda: make("beit"), {"heads": 6}, "relative position bias is a table of a column for each head"),
         (lambda: make("eva, norms inside"), {"heads": 6}, r"norm over all heads together \(norm\), .* Give a multiple"),
         (lambda: make("eva, norms inside"), {"mlp_ratio": 3}, "Give an mlp_ratio that makes a multiple of 96"),
@@ -282,3 +285,14 @@ def test_transformers_models_are_refused_by_name(tmp_path):
     model = img2vid.convert(f"hf:{tmp_path}", num_frames=2)
     with pytest.raises(GrowthError, match="transformers reads sizes from the model's config"):
         grow(model, depth=5)
+
+
+@pytest.mark.parametrize("name", ["vit", "eva", "clip"])
+def test_programs_of_more_heads_run_by_themselves_and_image_files_of_them_do_not_exist(name, tmp_path):
+    given = {"heads": 6} if name == "clip" else {**SHAPE, **TOWERS[name][1], "heads": 6}
+    model = make(name, backbone_args=given)
+    assert export_program(model, tmp_path / "model.pt2", "torch-export").max_difference < 1e-4
+    for parameter in model.zero_parameters().values():
+        torch.nn.init.zeros_(parameter)
+    with pytest.raises(img2vid.Img2VidError, match=r"heads that were added to what its library builds \(heads=6\)"):
+        img2vid.export_checkpoint(model, tmp_path / "image.safetensors", "image")
