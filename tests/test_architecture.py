@@ -40,7 +40,7 @@ TIERS = [
         "export",
         "captioning",
     },
-    {"estimate", "merging"},
+    {"estimate", "merging", "junctions"},
     {"training"},
     {"demo", "doctor"},
     {"commands"},

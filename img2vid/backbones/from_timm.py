@@ -20,6 +20,7 @@ from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
 from img2vid.backbones.timm_weights import load_file
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
+from img2vid.backbones.widening import set_heads
 from img2vid.config import shown
 from img2vid.errors import BackboneError, nearest
 from img2vid.weights.accounting import LoadReport
@@ -60,14 +61,15 @@ def load_timm(
             ``arguments["img_size"]``.
         random_weights: no weights at all.
         image_size: pixels (height, width); position embeddings are resampled.
-        arguments: further keyword arguments of ``timm.create_model``, such as ``drop_path_rate``; and ``norm_eps``
-            and ``activation``, which weights can need and the factory does not take.
+        arguments: further keyword arguments of ``timm.create_model``, such as ``drop_path_rate``; ``norm_eps`` and
+            ``activation``, which weights can need and the factory does not take; and ``heads``, more attention heads
+            than those (``img2vid.backbones.widening``).
     """
     check_known(name)
     arguments = dict(arguments or {})
     full_name = name.architecture + (f".{name.tag}" if name.tag else "")
     described = dict(arguments)
-    norm_eps, activation = arguments.pop("norm_eps", None), arguments.pop("activation", None)
+    norm_eps, activation, heads = (arguments.pop(name, None) for name in ("norm_eps", "activation", "heads"))
     with building(str(name), described):
         arguments, model = with_any_size(full_name, {"num_classes": 0, **arguments})
     tower = describe_timm(model)  # refuse before downloading anything
@@ -111,6 +113,7 @@ def load_timm(
             if new != size_of_file:
                 sizes = " to ".join(f"{height} x {width}" for height, width in (size_of_file, new))
                 report.resampled.append(f"positions (images of {sizes} pixels)")
+    set_heads(describe_timm(model), heads)
     return Backbone(model.eval(), describe_timm(model), str(name), described, source, report)
 
 
