@@ -108,6 +108,7 @@ def grow(
         if is_new:
             make_identity(block, maps)
     tower_of(grown).image_weights = f"{video.image_weights}, grown"
+    tower_of(grown).class_names = video.class_names
     tower_of(grown).tower.preprocess = video.tower.preprocess
     grown.train(model.training)
     return grown, compare(video, tower_of(grown), blocks, hidden, (counts[0], counts[1]))

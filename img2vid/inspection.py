@@ -126,7 +126,7 @@ def examine(model: VideoModel | VideoTextModel, name: str, image_flops: int) -> 
         flops_per_clip=flops,
         flops_image_model=image_flops,
         quirks=config.quirks,
-        num_classes=config.num_classes,
+        num_classes=video.num_logits,
         guarantees={f"{mode} / {prefix}": promise(tower, config, mode, prefix) for mode, prefix in GUARANTEED},
     )
 

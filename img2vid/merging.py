@@ -91,7 +91,7 @@ def added(base: Tensor, tensors: Sequence[Tensor], scales: Sequence[float], is_g
 def run(models: list[str], out: Path, method: str, shares: list[float] | None, base: str | None) -> int:
     """Merge folders, and save; says what it does. Returns the exit code."""
     folders = [Path(name) for name in ([base] if base is not None else []) + models]
-    check_same([str(folder) for folder in folders], [read_description(folder) for folder in folders])
+    class_names = check_same([str(folder) for folder in folders], [read_description(folder) for folder in folders])
     if any(folder.resolve() == out.resolve() for folder in folders):
         raise MergeError(f"--out {out} is one of the models to be read. Choose another folder.")
     check_replaceable(out)
@@ -112,6 +112,7 @@ def run(models: list[str], out: Path, method: str, shares: list[float] | None, b
         state = linear(states, parts)
         said = " + ".join(f"{p / sum(parts):g} x {m}" for p, m in zip(parts, models, strict=True))
     load_weights(model, state, source="the merged weights")
+    image_tower_of(model).class_names = class_names
     image_tower_of(model).image_weights = f"a merger ({method}): {said}"
     save(model, out)
     print(f"{said}.")

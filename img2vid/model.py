@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from img2vid.backbones import describe
 from img2vid.backbones.any_size import NearestPositions, take_any_size
 from img2vid.backbones.dropping import drop_once_per_clip
-from img2vid.backbones.tower import Backbone, ImageTower, classes_of, output_dim
+from img2vid.backbones.tower import Backbone, ImageTower, classes_of, names_of_classes, output_dim
 from img2vid.checkpoints.saving import Saving
 from img2vid.clips import check_clips, check_images, check_pixels
 from img2vid.config import ConfigError, VideoConfig
@@ -74,7 +74,7 @@ class VideoModel(Overlay, Running, Saving):
             tower=describe(image_model),
             clip=ClipContext(),
             image_weights="a module that was given",  # where they come from, for people to read
-            class_names=None,  # what the numbers of the classifier stand for, where that is known
+            class_names=names_of_classes(image_model),  # what the numbers of a classifier stand for, if known
             grafts=(),
         )
         if getattr(image_model, "is_laid_under_video", False):
@@ -139,6 +139,11 @@ class VideoModel(Overlay, Running, Saving):
                 return self.forward(clips)
         features = self.clip_features(clips)
         return features if self.config.num_classes is None else self.classifier(first(features))
+
+    @property
+    def num_logits(self) -> int | None:
+        """Classes of which ``forward`` gives logits, by our classifier or the image model's own; None for features."""
+        return classes_of(self.base) or None if self.config.num_classes is None else self.config.num_classes
 
     def clip_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Clips (B, T, C, H, W) -> (B, D): the mean over frames, before any classifier of ours."""

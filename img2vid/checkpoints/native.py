@@ -136,7 +136,7 @@ def describe_model(model: VideoModel | VideoTextModel) -> dict[str, Any]:
 
     video = model.visual if isinstance(model, VideoTextModel) else model
     pixels = video.tower.preprocess
-    names = checked_class_names(video.class_names, video.config.num_classes)
+    names = checked_class_names(video.class_names, video.num_logits)
     described = {
         "format": FORMAT,
         "kind": "VideoTextModel" if isinstance(model, VideoTextModel) else "VideoModel",
@@ -204,7 +204,8 @@ def load_built(
                 backbone = build_backbone(config)
         backbone.model.to(getattr(torch, described["dtype"]))
         model = build_model(backbone, config)
-        names = checked_class_names(described.get("class_names"), config.num_classes)
+        video = model.visual if isinstance(model, VideoTextModel) else model
+        names = checked_class_names(described.get("class_names"), video.num_logits)
     except (BackboneError, ConfigError) as error:
         raise WeightsError(f"What {folder / CONFIG} describes cannot be built here: {error}") from error
     if type(model).__name__ != described["kind"]:
@@ -216,11 +217,10 @@ def load_built(
         raise WeightsError(f"{folder} has no weights file {WEIGHTS}; copy or download the folder again.")
     check_structure(described, model, folder)
     load_weights(model, read_safetensors(folder / WEIGHTS), source=str(folder / WEIGHTS), keep_dtypes=True)
-    video = model.visual if isinstance(model, VideoTextModel) else model
     pixels = described["preprocess"]
     video.tower.preprocess = Preprocess(tuple(pixels["mean"]), tuple(pixels["std"]), pixels["interpolation"])
     video.image_weights = described.get("image_weights") or UNKNOWN
-    video.class_names = names
+    video.class_names = video.class_names if names is None else names
     return model.eval()
 
 

@@ -36,7 +36,7 @@ from img2vid.objectives import Objective, Step, Surroundings
 from img2vid.objectives.base import is_of_text
 from img2vid.training.averaging import check_averaging
 from img2vid.training.callbacks import ParameterSummary, SaveModel, Throughput, WatchTime
-from img2vid.training.classes import name_classes
+from img2vid.training.classes import name_classes, resume_names
 from img2vid.training.movement import Beginning
 from img2vid.training.stopping import CheckpointOnException, StopBetweenSteps
 from img2vid.tuning import GradualUnfreezing, Tuning, bound_temperature, eval_frozen, freeze, penalty
@@ -206,6 +206,7 @@ class VideoTraining(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit" and checkpoint.get("optimizer_states"):
             self.how.check_saved(self.model, checkpoint["optimizer_states"][0]["param_groups"])
+        resume_names(getattr(self.model, "visual", self.model), checkpoint.get(ENTRY, {}), self.trainer.datamodule)
 
     def on_train_start(self) -> None:
         """A checkpoint says what was learned; how to go on is said by this run's settings."""
