@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -84,7 +85,8 @@ class Step:
 
     @cached_property
     def encoded(self) -> tuple[Tensor, Tensor]:
-        return self.encode(self.batch["clip"])
+        with noting(self.model):
+            return self.encode(self.batch["clip"])
 
     @property
     def features(self) -> Tensor:
@@ -110,6 +112,24 @@ class Step:
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
             encoded = in_chunks(lambda part: (self.model.encode_text(part, normalize=True),), tokens, self.chunk_size)
         return encoded[0]
+
+
+@contextmanager
+def noting(model: nn.Module) -> Iterator[None]:
+    """Inside, routers of experts note where they send tokens, for ``BalanceExperts``; not in a chunk's second run."""
+    balances = list(routers(model))
+    for balance in balances:
+        balance.open, balance.parts = True, []
+    try:
+        yield
+    finally:
+        for balance in balances:
+            balance.open = False
+
+
+def routers(model: nn.Module) -> Iterator[Any]:
+    """What each router has noted of the step."""
+    return (module.balance for module in model.modules() if hasattr(module, "zero_experts"))
 
 
 def in_chunks(encode: Callable[[Tensor], tuple[Tensor, ...]], inputs: Tensor, size: int | None) -> tuple[Tensor, ...]:
