@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from img2vid.config import ConfigError, shown
@@ -16,7 +16,8 @@ def checked_class_names(names: Any, num_classes: int | None) -> tuple[str, ...] 
     """
     if names is None:
         return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    is_list = isinstance(names, Sequence) and not isinstance(names, str)  # a set has no order
+    if not is_list or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"class_names={shown(names)}: expected a list of texts, in the order of the classifier.")
     if len(names) != num_classes:
         has = "no classifier" if num_classes is None else f"a classifier of {num_classes} classes"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from img2vid.checkpoints.native import build_backbone
+from img2vid.class_names import checked_class_names
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.model import VideoModel, VideoTextModel, build_model
@@ -37,7 +38,8 @@ def consolidate(checkpoint: str | Path) -> VideoModel | VideoTextModel:
     state = {key.removeprefix("model."): t for key, t in saved["state_dict"].items() if key.startswith("model.")}
     load_weights(model, state, source=str(path), keep_dtypes=True)
     video = model.visual if isinstance(model, VideoTextModel) else model
-    video.image_weights, video.class_names = noted["image_weights"], noted.get("class_names")
+    video.image_weights = noted["image_weights"]
+    video.class_names = checked_class_names(noted.get("class_names"), video.num_logits)
     return model.eval()
 
 

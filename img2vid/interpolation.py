@@ -134,12 +134,16 @@ def check_alpha(alpha: float) -> None:
         raise InterpolationError(f"alpha={alpha!r}: expected a number from 0 (the start) to 1 (the trained model).")
 
 
-def check_same(names: Sequence[str], described: Sequence[dict[str, Any]]) -> None:
-    """Raise an error with the fields in which models, described as in config.json, differ."""
+def check_same(names: Sequence[str], described: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
+    """What the classes of models, described as in config.json, are called, where one of them knows.
+
+    Raises:
+        InterpolationError: with the fields in which they differ.
+    """
     settings = [settings_of(one) for one in described]
-    named = [one["class_names"] for one in settings if one["class_names"] is not None]
+    class_names = next((one["class_names"] for one in settings if one["class_names"] is not None), None)
     for one in settings:  # not known is not different
-        one["class_names"] = one["class_names"] or next(iter(named), None)
+        one["class_names"] = one["class_names"] or class_names
     differing = [field for field in settings[0] if any(one[field] != settings[0][field] for one in settings)]
     if differing:
         lines = [
@@ -149,6 +153,7 @@ def check_same(names: Sequence[str], described: Sequence[dict[str, Any]]) -> Non
         raise InterpolationError(
             "These models differ in more than their weights, so there is nothing between them:\n" + "\n".join(lines)
         )
+    return None if class_names is None else tuple(class_names)
 
 
 def settings_of(described: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +175,7 @@ def run(models: list[str], out: Path, alpha: float | None, weights: str | None) 
     names = ["the image model" if name == "image" else name for name in models]
     folders = [Path(name) for name in models if name != "image"]
     described = [read_description(folder) for folder in folders]
-    check_same([str(folder) for folder in folders], described)
+    class_names = check_same([str(folder) for folder in folders], described)
     if any(folder.resolve() == out.resolve() for folder in folders):
         raise InterpolationError(f"--out {out} is one of the models to be read. Choose another folder.")
     check_replaceable(out)
@@ -193,6 +198,7 @@ def run(models: list[str], out: Path, alpha: float | None, weights: str | None) 
         kept = Guarantee.of(model.config, image_tower_of(model).tower.num_prefix_tokens).summary
         print(f"Kept of the image model's function at alpha = 0: {kept}.")
     load_weights(model, state, source="the interpolated weights")
+    image_tower_of(model).class_names = class_names
     save(model, out)
     print(f"Wrote {out}. Load it with img2vid.load({str(out)!r}).")
     return 0

@@ -93,8 +93,7 @@ def added(base: Tensor, tensors: Sequence[Tensor], scales: Sequence[float], is_g
 def run(models: list[str], out: Path, method: str, shares: list[float] | None, base: str | None) -> int:
     """Merge folders, and save; says what it does. Returns the exit code."""
     folders = [Path(name) for name in ([base] if base is not None else []) + models]
-    described = [read_description(folder) for folder in folders]
-    check_same([str(folder) for folder in folders], described)
+    class_names = check_same([str(folder) for folder in folders], [read_description(folder) for folder in folders])
     if any(folder.resolve() == out.resolve() for folder in folders):
         raise MergeError(f"--out {out} is one of the models to be read. Choose another folder.")
     check_replaceable(out)
@@ -116,7 +115,7 @@ def run(models: list[str], out: Path, method: str, shares: list[float] | None, b
         said = " + ".join(f"{p / sum(parts):g} x {m}" for p, m in zip(parts, models, strict=True))
     load_weights(model, state, source="the merged weights")
     video = image_tower_of(model)
-    video.class_names = next((one["class_names"] for one in described if one.get("class_names")), None)
+    video.class_names = class_names
     video.image_weights = f"a merger ({method}): {said}"
     save(model, out)
     print(f"{said}.")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from img2vid.backbones import describe
 from img2vid.backbones.any_size import NearestPositions, take_any_size
 from img2vid.backbones.dropping import drop_once_per_clip
-from img2vid.backbones.tower import Backbone, ImageTower, classes_of, output_dim
+from img2vid.backbones.tower import Backbone, ImageTower, classes_of, names_of_classes, output_dim
 from img2vid.checkpoints.saving import Saving
 from img2vid.clips import check_clips, check_images, check_pixels
 from img2vid.config import ConfigError, VideoConfig
@@ -74,7 +74,7 @@ class VideoModel(Overlay, Running, Saving):
             tower=describe(image_model),
             clip=ClipContext(),
             image_weights="a module that was given",  # where they come from, for people to read
-            class_names=None,  # what the numbers of the classifier stand for, where that is known
+            class_names=names_of_classes(image_model),  # what the numbers of a classifier stand for, if known
             grafts=(),
         )
         if getattr(image_model, "is_laid_under_video", False):
@@ -126,13 +126,24 @@ class VideoModel(Overlay, Running, Saving):
 
     # ---- forward, from clips to features
 
-    def forward(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, clips: Tensor, **beside: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Clips (B, T, C, H, W), normalised like the backbone's images -> features (B, D), or logits (B, num_classes).
 
         A tower that returns several tensors for an image (CoCa: pooled, tokens) returns each of them for the clip.
+
+        Args:
+            beside: a vector for each clip (B, E) by its name, where a graft takes one (``img2vid.grafts.vector``).
         """
+        if beside:
+            with self.beside(**beside):
+                return self.forward(clips)
         features = self.clip_features(clips)
         return features if self.config.num_classes is None else self.classifier(first(features))
+
+    @property
+    def num_logits(self) -> int | None:
+        """Classes of which ``forward`` gives logits, by our classifier or the image model's own; None for features."""
+        return classes_of(self.base) or None if self.config.num_classes is None else self.config.num_classes
 
     def clip_features(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Clips (B, T, C, H, W) -> (B, D): the mean over frames, before any classifier of ours."""
@@ -297,12 +308,16 @@ class VideoTextModel(Overlay, Running, Saving):
         """What was inserted in its image tower, and is noted there."""
         return self.visual.config
 
-    def encode_video(self, clips: Tensor, normalize: bool | None = None) -> Tensor:
+    def encode_video(self, clips: Tensor, normalize: bool | None = None, **beside: Tensor) -> Tensor:
         """Clips (B, T, C, H, W) -> features (B, D) in the space of the text features.
 
         Args:
             normalize: to length 1; None does what the wrapped class does by default (CLIP: no, CoCa: yes).
+            beside: a vector for each clip (B, E) by its name, where a graft takes one.
         """
+        if beside:
+            with self.beside(**beside):
+                return self.encode_video(clips, normalize)
         if normalize is None:
             normalize = inspect.signature(self.base.encode_image).parameters["normalize"].default
         if hasattr(self.base, "to_text_space"):

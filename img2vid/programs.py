@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from img2vid._version import __version__
-from img2vid.backbones.tower import classes_of
 from img2vid.checkpoints.native import main_dtype
 from img2vid.errors import Img2VidError
 from img2vid.model import VideoModel, VideoTextModel
@@ -66,7 +65,7 @@ class Program(nn.Module):
     def names(self) -> tuple[str, str]:
         given = "tokens" if self.text else "pixels" if self.pixels else "clips"
         video = self.model
-        has_classes = isinstance(video, VideoModel) and (video.config.num_classes is not None or classes_of(video.base))
+        has_classes = isinstance(video, VideoModel) and video.num_logits is not None
         return given, "logits" if has_classes else "features"
 
     def example(self, batch: int, steps: int) -> Tensor:

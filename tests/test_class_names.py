@@ -1,6 +1,7 @@
 """What the numbers of a classifier stand for: from transformers and back, into the folder, and to those asked."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ from img2vid.errors import WeightsError
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.own_classes import in_own_classes
 from img2vid.evaluation.protocols import Lists
+from img2vid.evaluation.zero_shot import Question
+from img2vid.export import export_program
 from img2vid.interpolation import check_same
+from img2vid.training.classes import name_classes, resume_names
 from tests.conftest import small_vit
 
 NAMES = ("archery", "air drumming", "zumba")
@@ -93,12 +97,51 @@ def test_names_that_do_not_fit_the_classifier(id2label, message, tmp_path):
     assert from_id2label({0: 5, 1: "b"}, 2) == ("5", "b")
 
 
+IMAGE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+
+
+def hf_classifier(**labels):
+    torch.manual_seed(0)
+    return transformers.ViTForImageClassification(transformers.ViTConfig(intermediate_size=48, **IMAGE, **labels))
+
+
+def test_names_of_a_module_at_hand(tmp_path):
+    """Its classifier stays the image model's own, so it is no ``num_classes`` of ours that has the names."""
+    module = hf_classifier(**LABELS)
+    clips = torch.randn(2, 3, 3, 32, 32)
+    expected = torch.stack([module(clips[:, t]).logits for t in range(3)], dim=1).mean(dim=1)
+    model = img2vid.convert(module, num_frames=3)
+    assert model.class_names == NAMES and model.num_logits == 3 and model.config.num_classes is None
+    torch.testing.assert_close(model(clips), expected)
+    model.save_pretrained(tmp_path / "a")
+    assert "model.class_names[model(clips).argmax()]" in (tmp_path / "a" / "README.md").read_text()
+    for other in (hf_classifier(**LABELS), hf_classifier(num_labels=3)):  # the folder says, whatever the module does
+        again = img2vid.load(tmp_path / "a", image_model=other)
+        assert again.class_names == NAMES and torch.equal(again(clips), model(clips))
+    asked = in_own_classes(model, lists_of([0, 1], ("air_drumming", "zumba"))).videos
+    assert [row.label for row in asked.rows] == [1, 2]
+    question = Question.to(model, asked, "action", None)
+    assert question.own and question.names == list(NAMES)
+    numbered = img2vid.convert(hf_classifier(num_labels=3), num_frames=3)
+    assert numbered.class_names is None and numbered.num_logits == 3
+    assert img2vid.convert(transformers.ViTModel(transformers.ViTConfig(**IMAGE))).num_logits is None
+    model.class_names = NAMES[:2]
+    with pytest.raises(ConfigError, match="2 class_names .* a classifier of 3 classes"):
+        model.save_pretrained(tmp_path / "b")
+
+
+def test_a_program_of_a_module_at_hand_says_its_names(tmp_path):
+    model = img2vid.convert(hf_classifier(**LABELS), num_frames=2).eval()
+    written = export_program(model, tmp_path / "a.pt2", "torch-export")
+    assert json.loads(written.metadata["class_names"]) == list(NAMES) and written.metadata["output"] == "logits"
+
+
 def test_names_set_by_hand_are_checked_when_saved_and_when_loaded(tmp_path):
     sizes = {"embed_dim": 48, "depth": 1, "num_heads": 4, "patch_size": 8}
     model = img2vid.convert(
         "timm:vit_tiny_patch16_224", random_weights=True, image_size=32, num_classes=3, backbone_args=sizes
     )
-    for wrong in (NAMES[:2], "abc", [1, 2, 3]):
+    for wrong in (NAMES[:2], "abc", [1, 2, 3], set(NAMES), {0: "a", 1: "b", 2: "c"}, 3):  # the numbers are places
         model.class_names = wrong
         with pytest.raises(ConfigError, match="class_names"):
             model.save_pretrained(tmp_path / "a")
@@ -147,6 +190,55 @@ def test_classes_that_the_classifier_lacks_are_named():
 
 def test_models_of_other_classes_are_not_averaged():
     described = {"kind": "VideoModel", "dtype": "float32", "video": {}}
-    check_same(["a", "b"], [described, {**described, "class_names": ["x", "y"]}])
+    assert check_same(["a", "b"], [described, {**described, "class_names": ["x", "y"]}]) == ("x", "y")
+    assert check_same(["a", "b"], [described, described]) is None
     with pytest.raises(img2vid.Img2VidError, match="class_names"):
         check_same(["a", "b"], [{**described, "class_names": ["y", "x"]}, {**described, "class_names": ["x", "y"]}])
+
+
+SIZES = {"embed_dim": 48, "depth": 2, "num_heads": 4, "patch_size": 8}
+
+
+def test_names_go_into_what_is_made_of_models(tmp_path):
+    """Grown, averaged, interpolated, merged: the classifier's numbers mean what they meant, if one of them knows."""
+    model = img2vid.convert(
+        "timm:vit_tiny_patch16_224", random_weights=True, image_size=32, num_classes=3, backbone_args=SIZES
+    )
+    model.save_pretrained(tmp_path / "nameless")
+    model.class_names = NAMES
+    model.save_pretrained(tmp_path / "named")
+    for command in (
+        ["interpolate", "named", "nameless", "--alpha", "0.5"],
+        ["merge", "nameless", "named"],
+        ["grow", "named", "--depth", "3"],
+        ["graft", "named", "--graft", "lora", "rank=2"],
+    ):
+        out = tmp_path / command[0]
+        given = [str(tmp_path / word) if word in ("named", "nameless") else word for word in command]
+        assert main([*given, "--out", str(out)]) == 0
+        assert img2vid.load(out).class_names == NAMES
+
+
+def test_lists_of_other_classes_are_only_learned_never_asked():
+    model = named()
+    for other in (("boxing", "diving", "rowing"), tuple(reversed(NAMES)), NAMES[:2]):
+        with pytest.raises(ConfigError, match="numbered otherwise"):
+            name_classes(model, other, learns=False)
+        assert model.class_names == NAMES
+    name_classes(model, ("Archery", "air_drumming", "zumba"), learns=False)  # spelled otherwise, the same
+    name_classes(model, ("boxing", "diving", "rowing"), learns=True)  # a new task
+    assert model.class_names == ("boxing", "diving", "rowing")
+
+
+def test_a_checkpoint_goes_on_with_its_own_names():
+    lists = types.SimpleNamespace(class_names=NAMES)
+    model = named()
+    model.class_names = None
+    resume_names(model, {"class_names": NAMES}, lists)
+    assert model.class_names == NAMES
+    resume_names(model, {"class_names": list(NAMES)}, types.SimpleNamespace(class_names=None))
+    with pytest.raises(ConfigError, match="numbered otherwise"):
+        resume_names(model, {"class_names": NAMES[::-1]}, lists)
+    model.class_names = None
+    resume_names(model, {}, lists)
+    assert model.class_names is None

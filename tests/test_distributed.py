@@ -70,6 +70,9 @@ def test_two_processes_have_the_losses_of_one(motion_set, tmp_path, strategy, gr
     assert two.returncode == 0, two.stderr
     alone = [float.fromhex(loss) for _, loss in losses(tmp_path / "one")]
     together = mean_losses(tmp_path / "two")
+    for rank in (0, 1):  # what is logged is the mean over processes, not the first one's own
+        logged = [float(line) for line in (tmp_path / "two" / f"logged-{rank}.txt").read_text().split()]
+        assert logged == pytest.approx(together, rel=1e-6)
     assert together[0] == pytest.approx(alone[0], abs=1e-5)
     assert together == pytest.approx(alone, abs=1e-4)
     model, twin = (img2vid.load(tmp_path / name / "model") for name in ("two", "one"))

@@ -26,7 +26,18 @@ from img2vid.training import Tuning, VideoTraining
 from img2vid.tuning import freeze, layer_groups
 from img2vid.tuning.optimizers import parameter_groups
 from tests.conftest import small_clip, small_eva, small_vit
-from tests.test_grafts import GRAFTS, clips, every_graft, features, in_turn, is_gated, over_space, planted, push
+from tests.test_grafts import (
+    GRAFTS,
+    clips,
+    every_graft,
+    features,
+    in_turn,
+    is_gated,
+    over_space,
+    planted,
+    push,
+    vectors,
+)
 from tests.training_run import fit
 
 TOWERS = {"vit": small_vit, "eva": small_eva, "clip": small_clip}
@@ -222,10 +233,10 @@ def test_in_inference_mode(spec):
     for make in TOWERS.values():
         model = push(img2vid.convert(make(), num_frames=4, grafts=[spec]))
         run = model.encode_video if hasattr(model, "encode_video") else model
-        expected = run(clips(model=model))
+        expected = run(clips(model=model), **vectors(model))
         with torch.inference_mode():
-            torch.testing.assert_close(run(clips(model=model)), expected, atol=1e-6, rtol=1e-6)
-        assert torch.equal(run(clips(model=model)), expected)
+            torch.testing.assert_close(run(clips(model=model), **vectors(model)), expected, atol=1e-6, rtol=1e-6)
+        assert torch.equal(run(clips(model=model), **vectors(model)), expected)
 
 
 @every_graft
@@ -242,10 +253,10 @@ def test_on_a_frozen_half_precision_checkpointed_fused_model(spec):
     assert all(p.requires_grad for n, p in planted(model).items()) or spec["type"] == "fusion"
     assert {p.dtype for p in planted(model).values()} == {torch.bfloat16}
     if strength(spec) == "bitwise":
-        assert torch.equal(model(clips(model=model).bfloat16()), before)
+        assert torch.equal(model(clips(model=model).bfloat16(), **vectors(model)), before)
     push(model)
     model.train()
-    model(clips(model=model).bfloat16()).sum().backward()
+    model(clips(model=model).bfloat16(), **vectors(model)).sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in planted(model).values())
     assert torch.equal(close_time(remove(model)).eval()(shown), before)
 
@@ -263,22 +274,23 @@ def test_compiled(spec):
         torch._dynamo.reset()
         model = tower_of(push(img2vid.convert(make(), num_frames=4, grafts=[spec])))
         shown = clips(model=model)
-        eager = model(shown)
+        beside = vectors(model)
+        eager = model(shown, **beside)
         eager.square().sum().backward()
         expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         compiled = torch.compile(model, backend="aot_eager")
-        out = compiled(shown)
+        out = compiled(shown, **beside)
         torch.testing.assert_close(out, eager, atol=1e-4, rtol=1e-4)
         out.square().sum().backward()
         for name, grad in expected.items():
             found = dict(model.named_parameters())[name].grad
             torch.testing.assert_close(found, grad, atol=2e-3, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
         with torch.no_grad():
-            torch.testing.assert_close(compiled(shown), eager, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(compiled(shown, **beside), eager, atol=1e-4, rtol=1e-4)
         for _, block in model.tower.blocks:
             block.compile(backend="aot_eager")
-        torch.testing.assert_close(model(shown), eager, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(shown, **beside), eager, atol=1e-4, rtol=1e-4)
 
 
 def test_a_compiled_model_sees_what_is_grafted_and_taken_off():
@@ -328,7 +340,7 @@ def test_saved_and_loaded_on_every_library(spec, name, tmp_path):
     shown = clips(model=model)[..., :size, :size]
     with torch.no_grad():
         run, rerun = (m.encode_video if hasattr(m, "encode_video") else m for m in (model.eval(), again))
-        assert torch.equal(rerun(shown), run(shown))
+        assert torch.equal(rerun(shown, **vectors(model)), run(shown, **vectors(model)))
     assert certify(again, num_frames=[1, 2]).held
     if TYPES[spec["type"]].fold is not Graft.fold:
         fold(again)
@@ -396,8 +408,8 @@ def test_the_honesty_panel_needs_to_know_nothing_of_grafts(spec, motion_set):
     model = push(img2vid.convert("nano_clip", num_frames=4, grafts=[spec]), 0.05).eval()
     given = gather_lists([motion_set / "test.csv"]), Views(4)
     compute = Compute(batch_size=4, num_workers=0, device="cpu")
-    if model.visual.tower.in_channels > 3:
-        with pytest.raises(img2vid.Img2VidError, match="3 channels"):
+    if model.visual.tower.in_channels > 3 or model.takes_beside:  # videos alone have none to give
+        with pytest.raises(img2vid.Img2VidError, match="3 channels|none was given|takes audio"):
             honesty(model, *given, compute=compute)
         return
     found = honesty(model, *given, compute=compute)["metrics"]

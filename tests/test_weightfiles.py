@@ -1,6 +1,8 @@
 """Which state dict is taken out of a file, and what a file is called that holds none."""
 
 import argparse
+import pickle
+import random
 import zipfile
 
 import numpy as np
@@ -58,6 +60,53 @@ def test_files_that_are_something_else(tmp_path, name, write, message):
     assert len(text) < 700
     assert "\x1b" not in text
     assert "\n" not in text
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_what_no_unpickler_takes_is_told_apart(tmp_path):
+    """Bytes that are no pickle, a pickle of another writer, one of more than tensors: three things, three sentences."""
+    path = tmp_path / "w.pth"
+
+    def said(content: bytes) -> str:
+        path.write_bytes(content)
+        with pytest.raises(WeightsError) as caught:
+            read_state_dict(path)
+        return str(caught.value)
+
+    for seed in range(40):
+        text = said(random.Random(seed).randbytes(3000))
+        assert "more than tensors" not in text and len(text) < 400
+    assert "neither a file of torch.save nor of safetensors" in said(b"\xcfabcdefgh")
+    assert "it begins with b'\\xcfabcdefg'" in said(b"\xcfabcdefgh")
+    assert "such as pickle.dump" in said(pickle.dumps({"weight": [1.0, 2.0]}, protocol=5))
+    assert "holds more than tensors" in said(b"\x80\x02]K\x00K\x01s.")  # what no list would do
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for part in (b"ctorch._utils", b"weight"):  # behind the pickles that say what kind of file it is
+        assert "damaged" in said(whole.replace(part, b"\xff" + part[1:]))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["archive", "legacy", "torchscript", "safetensors"])
+def test_damaged_files_are_called_so_wherever_the_damage_is(kind, tmp_path):
+    path, flipped = tmp_path / "w.pth", random.Random(0)
+    if kind == "torchscript":
+        torch.jit.script(nn.Linear(2, 2)).save(str(path))
+    elif kind == "safetensors":
+        save_file(STATE, path)
+    else:
+        torch.save({"state_dict": STATE, "epoch": 3}, path, _use_new_zipfile_serialization=kind == "archive")
+    whole, told = path.read_bytes(), 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(flipped.choice((1, 3, 30))):
+            damaged[flipped.randrange(len(damaged))] = flipped.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_state_dict(path)  # where a number of a tensor was hit, nothing can tell
+        except WeightsError as error:
+            told += str(path) in str(error)
+    assert told > 20
 
 
 def test_content_decides_not_the_suffix(tmp_path):

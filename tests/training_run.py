@@ -25,15 +25,17 @@ QUIET = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_
 
 
 class Videos(VideoData):
-    """Where a model takes more channels than RGB, they are how much each frame differs from the one before."""
+    """Where a model takes more channels than RGB, they are how much each frame differs from the one before; where it
+    takes vectors, they are some of the pixels."""
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         clip = batch["clip"]
         more = self.trainer.lightning_module.tower.in_channels - clip.shape[-3]
-        if not more:
-            return batch
-        return {**batch, "clip": torch.cat([clip, (clip - clip.roll(1, -4))[..., :more, :, :]], dim=-3)}
+        if more:
+            batch = {**batch, "clip": torch.cat([clip, (clip - clip.roll(1, -4))[..., :more, :, :]], dim=-3)}
+        takes = self.trainer.lightning_module.model.takes_beside
+        return {**batch, **{name: clip.flatten(1)[:, :length] for name, length in takes.items()}}
 
 
 class Record(pl.Callback):
@@ -53,6 +55,8 @@ class Record(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         with open(Path(self.out) / f"losses-{trainer.global_rank}.txt", "a") as file:
             file.write(f"{trainer.global_step} {outputs['loss'].double().item().hex()}\n")
+        with open(Path(self.out) / f"logged-{trainer.global_rank}.txt", "a") as file:
+            file.write(f"{trainer.callback_metrics['loss'].item()}\n")
 
 
 def run(

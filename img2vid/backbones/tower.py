@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from img2vid.class_names import from_id2label
 from img2vid.errors import BackboneError
 from img2vid.weights.accounting import LoadReport
 
@@ -133,4 +134,17 @@ def classes_of(module: nn.Module) -> int:
     """Classes of an image model's own classifier, 0 where it gives features."""
     if hasattr(module, "reset_classifier"):  # timm
         return module.num_classes
-    return module.config.num_labels if type(module).__name__.endswith("ForImageClassification") else 0
+    return module.config.num_labels if is_hf_classifier(module) else 0
+
+
+def names_of_classes(module: nn.Module) -> tuple[str, ...] | None:
+    """What those classes are called; None where the module does not say.
+
+    Raises:
+        ConfigError: transformers' ``id2label`` does not name each of them.
+    """
+    return from_id2label(module.config.id2label, module.config.num_labels) if is_hf_classifier(module) else None
+
+
+def is_hf_classifier(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("ForImageClassification")

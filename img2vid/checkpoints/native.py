@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from img2vid._version import __version__
 from img2vid.backbones import describe, wrap_module
+from img2vid.backbones.building import to_be_loaded
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.description import check_description, check_structure, structure
 from img2vid.checkpoints.folders import LEFTOVER, replacing
@@ -134,7 +136,7 @@ def describe_model(model: VideoModel | VideoTextModel) -> dict[str, Any]:
 
     video = model.visual if isinstance(model, VideoTextModel) else model
     pixels = video.tower.preprocess
-    names = checked_class_names(video.class_names, video.config.num_classes)
+    names = checked_class_names(video.class_names, video.num_logits)
     described = {
         "format": FORMAT,
         "kind": "VideoTextModel" if isinstance(model, VideoTextModel) else "VideoModel",
@@ -178,7 +180,15 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     Raises:
         WeightsError: not a folder of ours, or keys that are missing, unexpected or misshapen.
     """
-    folder = Path(folder)
+    model = load_built(Path(folder), image_model, to_be_loaded)
+    if image_model is None and any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return load_built(Path(folder), image_model, nullcontext)  # some of it is in no file
+    return model
+
+
+def load_built(
+    folder: Path, image_model: nn.Module | None, building: Callable[[], AbstractContextManager[None]]
+) -> VideoModel | VideoTextModel:
     described = read_description(folder)
     config = VideoConfig.from_dict(described["video"])
     if image_model is None and config.backbone is None:
@@ -187,10 +197,15 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
             f"and give it: img2vid.load({str(folder)!r}, image_model=module)."
         )
     try:
-        backbone = wrap_module(image_model, config.image_size) if image_model is not None else build_backbone(config)
+        if image_model is not None:
+            backbone = wrap_module(image_model, config.image_size)
+        else:
+            with building():
+                backbone = build_backbone(config)
         backbone.model.to(getattr(torch, described["dtype"]))
         model = build_model(backbone, config)
-        names = checked_class_names(described.get("class_names"), config.num_classes)
+        video = model.visual if isinstance(model, VideoTextModel) else model
+        names = checked_class_names(described.get("class_names"), video.num_logits)
     except (BackboneError, ConfigError) as error:
         raise WeightsError(f"What {folder / CONFIG} describes cannot be built here: {error}") from error
     if type(model).__name__ != described["kind"]:
@@ -202,11 +217,10 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
         raise WeightsError(f"{folder} has no weights file {WEIGHTS}; copy or download the folder again.")
     check_structure(described, model, folder)
     load_weights(model, read_safetensors(folder / WEIGHTS), source=str(folder / WEIGHTS), keep_dtypes=True)
-    video = model.visual if isinstance(model, VideoTextModel) else model
     pixels = described["preprocess"]
     video.tower.preprocess = Preprocess(tuple(pixels["mean"]), tuple(pixels["std"]), pixels["interpolation"])
     video.image_weights = described.get("image_weights") or UNKNOWN
-    video.class_names = names
+    video.class_names = video.class_names if names is None else names
     return model.eval()
 
 

@@ -99,7 +99,6 @@ def scorer(model: Any, options: argparse.Namespace) -> tuple[list[str], Any]:
     """Names of the classes, and what makes their probabilities (B, T, classes) of a moment."""
     from torch.nn import functional as F
 
-    from img2vid.backbones.tower import classes_of
     from img2vid.evaluation.prompts import check_distinct, class_embeddings, class_list, read_templates
     from img2vid.evaluation.scores import TextHead
     from img2vid.model import VideoTextModel
@@ -114,15 +113,15 @@ def scorer(model: Any, options: argparse.Namespace) -> tuple[list[str], Any]:
         check_distinct(names)
         head = TextHead.of(model, class_embeddings(model, names, read_templates(options.templates)[0]))
         return names, lambda now: head.logits(F.normalize(now.clip.float().cpu(), dim=-1)).softmax(dim=-1)
-    own = model.config.num_classes or classes_of(model.base)
-    if not own:
+    own = model.num_logits
+    if own is None:
         raise ConfigError(
             "This model has neither a text tower nor a classifier, so there is nothing to score. Convert an open_clip "
             "backbone with --causal, or train one with num_classes."
         )
     if names and len(names) != own:
         raise ConfigError(f"{len(names)} classes were named, but this model's classifier has {own}.")
-    names = names or [f"class {i}" for i in range(own)]
+    names = names or list(model.class_names or (f"class {i}" for i in range(own)))
     return names, lambda now: (now.clip if now.logits is None else now.logits).float().cpu().softmax(dim=-1)
 
 

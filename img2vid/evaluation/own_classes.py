@@ -21,7 +21,7 @@ def in_own_classes(model, lists: Lists) -> Lists:
         EvaluationError: a class of the list that the model does not have.
     """
     own = getattr(model, "class_names", None)
-    if own is None or model.config.num_classes is None or lists.videos.class_names == own:
+    if own is None or model.num_logits is None or lists.videos.class_names == own:
         return lists
     videos = lists.videos
     labels = {row.label for row in videos.rows if row.label is not None}

@@ -150,7 +150,7 @@ class Question:
     @classmethod
     def to(cls, model, videos: VideoList, templates, fusion: str | None) -> Question:
         """Says what would make the numbers meaningless before any video is read."""
-        num_classes = model.config.num_classes
+        num_classes = getattr(model, "num_logits", None)  # which a model with text has none of
         if all(row.label is None for row in videos.rows):
             raise EvaluationError(f"{videos.source} has no labels. Classification needs a column label.")
         if len(videos.class_names or "ab") < 2 or num_classes == 1:

@@ -94,6 +94,10 @@ class Graft:
     def uprooted(self, video: VideoModel) -> None:
         """Called when all of it has been taken off, while it still is among ``video.grafts``."""
 
+    def takes_beside(self) -> dict[str, int]:
+        """Vectors it wants beside clips: the name and length of each (``img2vid.beside``)."""
+        return {}
+
     def fetch(self, video: VideoModel) -> None:
         """Load what it needs from elsewhere, such as another model's weights; not asked of a model that was saved."""
 

@@ -36,19 +36,28 @@ if TYPE_CHECKING:
 
 
 class Balance:
-    """Where a router sent the tokens of a step, for as long as it is ``open``; no part of the model, so never copied.
+    """Where a router sends the tokens of a step (``objectives.Step``); no part of the model, so never copied.
 
-    Tokens may come in several forwards (``chunk_size``): what is kept of each are sums, so together they are the whole.
+    The step may run in several forwards (``chunk_size``): of each it takes sums, so together they are the whole. What a
+    forward notes is always the same, whether it is taken or not: checkpointing compares it with a second run.
     """
 
     def __init__(self) -> None:
-        self.open = False
+        self.begin()
+
+    def begin(self) -> None:
+        self.latest: tuple[Tensor, Tensor] | None = None
         self.parts: list[tuple[Tensor, Tensor]] = []
 
     def note(self, shares: Tensor, chosen: Tensor) -> None:
-        """What the router says (n, E), and which experts were asked (n, k)."""
-        if self.open:
-            self.parts.append((shares.sum(dim=0), counted(chosen, shares)))
+        """What the router says (n, E), and which experts are asked (n, k), in one forward."""
+        self.latest = shares.sum(dim=0), counted(chosen, shares)
+
+    def take(self) -> None:
+        """Count the latest forward as one of the step."""
+        if self.latest is not None:
+            self.parts.append(self.latest)
+            self.latest = None
 
     @property
     def loss(self) -> Tensor | None:

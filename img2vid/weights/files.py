@@ -10,8 +10,7 @@ import collections
 import os
 import pickle
 import re
-import struct
-import zipfile
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch import Tensor
 from img2vid.errors import WeightsError
 from img2vid.weights.bytecount import CountedFile, counting
 from img2vid.weights.index import SUFFIX, files_of_index, read_index
-from img2vid.weights.torchscript import is_torchscript, read_torchscript
+from img2vid.weights.mistaken import refused_pickle, something_else
+from img2vid.weights.torchscript import DAMAGED, is_torchscript, read_torchscript
 
 # names that training scripts put a state dict under; of several in one file the first of these is taken, and said
 WRAPPERS = (
@@ -37,7 +37,10 @@ WRAPPERS = (
     "state_dict_ema",
     "ema",
 )
+MAPPED = 2**28  # bytes of a file that are mapped into memory at a time
 PAGE = 4096  # bytes
+# what the unpickler runs into in a file that is no pickle, or damaged
+STUMBLED = (*DAMAGED, RuntimeError, LookupError, TypeError, AttributeError, AssertionError)
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
 
 
@@ -159,14 +162,19 @@ def read_content(path: Path) -> object:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
-    state = {}
+    state: dict[str, Tensor] = {}
     try:
-        with safe_open(path, framework="pt") as file, counting(path.stat().st_size) as add:
-            for key in file.keys():  # noqa: SIM118, no mapping
-                state[key] = tensor = file.get_tensor(key)
-                if tensor.nbytes > PAGE:  # mapped, not yet read: touching each page brings it into memory here
-                    tensor.flatten().view(torch.uint8)[::PAGE].sum()
-                add(tensor.nbytes)
+        with safe_open(path, framework="pt") as file:
+            waiting = deque(file.keys())
+        with counting(path.stat().st_size) as add:
+            while waiting:
+                mapped = 0
+                with safe_open(path, framework="pt") as file:  # again, so that what has been copied is not kept mapped
+                    while waiting and mapped < MAPPED:
+                        key = waiting.popleft()
+                        state[key] = tensor = file.get_tensor(key).clone()
+                        mapped += tensor.nbytes
+                        add(tensor.nbytes)
         return state
     except (SafetensorError, ValueError, OSError) as error:
         raise WeightsError(f"{path} is damaged, truncated, or no safetensors file: {short(error)}") from error
@@ -183,22 +191,17 @@ def read_pickle(path: Path) -> object:
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"needs {found[1]} to be rebuilt, as whole pickled models do" if found else "holds more than tensors"
-        raise WeightsError(
-            f"{path} was not loaded: it is no plain weights file but {what}. Pickles can run code, so only tensors in "
-            "plain containers are accepted. If you trust its author, load it with their own code and save "
-            "torch.save(model.state_dict(), ...) or safetensors."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        # whatever the unpickler stumbles over in a file that is no pickle
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        why = refused_pickle(path, str(error), None if needed is None else needed[1])
+        raise WeightsError(f"{path} was not loaded: {why}") from error
+    except STUMBLED as error:
         raise WeightsError(f"{path} is damaged, truncated, or no PyTorch file: {short(error)}") from error
 
 
 def read_compiled(path: Path) -> WeightsFile:
     try:
         state, activation = read_torchscript(path)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile) as error:
+    except (pickle.UnpicklingError, *STUMBLED) as error:
         raise WeightsError(
             f"{path} is a TorchScript archive whose weights cannot be read without its code, which is not run: "
             f"{short(error)}"
@@ -206,46 +209,6 @@ def read_compiled(path: Path) -> WeightsFile:
     if not state:
         raise WeightsError(f"{path} is a TorchScript archive that holds no weights.")
     return WeightsFile(path, state, activation=activation)
-
-
-HTML = "an HTML page, probably a login or error page of a download; fetch the file itself"
-NUMPY = (
-    "a NumPy archive. Let timm read it, image_model = timm.create_model(NAME); "
-    "timm.models.load_checkpoint(image_model, FILE), then img2vid.convert(image_model) or save its state_dict()"
-)
-SIGNATURES = {
-    b"version https://git-lfs": "a git-lfs pointer, not the file it points to; run git lfs pull in its repository",
-    b"<!doctype html": HTML,
-    b"<html": HTML,
-    b"<?xml": "an XML page, probably an error answer of a download",
-    b"{": "JSON text, perhaps an error answer of a download",
-    b"\x93numpy": NUMPY,
-    b"\x89hdf": "an HDF5 file, as Keras writes them, for which there is no reader here",
-    b"\x1f\x8b": "compressed (gzip); unpack it first",
-}
-
-
-def something_else(path: Path, head: bytes) -> str | None:
-    """What a file is that cannot hold weights, by its first bytes; None where it may."""
-    if head.startswith(b"PK"):
-        return zip_of_something_else(path)
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    return next((what for start, what in SIGNATURES.items() if text.startswith(start)), None)
-
-
-def zip_of_something_else(path: Path) -> str | None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError):
-        return "damaged or truncated: a torch.save archive whose end is missing; download or copy it again"
-    if any(name.endswith(".npy") for name in names):
-        return NUMPY
-    if any(name.endswith("/constants.pkl") for name in names):
-        return "a TorchScript archive, which is code. Save torch.jit.load(FILE).state_dict() with torch.save instead"
-    if not any(name.endswith("data.pkl") for name in names):
-        return f"a zip archive of other files ({', '.join(names[:3]) or 'none'}); unpack it first"
-    return None
 
 
 def unwrap(content: Any, path: Path, wrapper: str | None = None) -> WeightsFile:

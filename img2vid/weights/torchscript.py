@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 import pickletools
 import shutil
+import struct
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from torch import Tensor
 
 # what names of classes that TorchScript has compiled begin with, and of functions that give lists and dicts their types
 CODE = ("__torch__.", "torch.jit._pickle.")
+# what zipfile and pickletools raise where bytes of an archive are not what they should be
+DAMAGED = (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, OverflowError, struct.error, zlib.error)
 
 
 class Bag:
@@ -34,10 +38,18 @@ class Bag:
 
 def is_torchscript(path: Path) -> bool:
     """Whether it is an archive of TorchScript, weights included."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return {"constants.pkl", "data.pkl"} <= {name.partition("/")[2] for name in archive.namelist()}
+    return {"constants.pkl", "data.pkl"} <= {name.partition("/")[2] for name in names_in_zip(path) or ()}
+
+
+def names_in_zip(path: Path) -> list[str] | None:
+    """What is in a zip archive; None where it is none, or so damaged that it does not say."""
+    try:
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except DAMAGED:
+        return None
 
 
 def read_torchscript(path: Path) -> tuple[dict[str, Tensor], str | None]:
