@@ -5,6 +5,7 @@ import itertools
 
 import lightning.pytorch as pl
 import pytest
+import timm
 import torch
 
 import img2vid
@@ -25,7 +26,7 @@ from img2vid.objectives import Classification
 from img2vid.training import Tuning, VideoTraining
 from img2vid.tuning import freeze, layer_groups
 from img2vid.tuning.optimizers import parameter_groups
-from tests.conftest import small_clip, small_eva, small_vit
+from tests.conftest import randomize, small_clip, small_eva, small_vit
 from tests.test_grafts import (
     GRAFTS,
     clips,
@@ -455,3 +456,18 @@ def test_resumed_on_every_library(spec, name, motion_set, tmp_path):
     fit(resumed, motion_set, ckpt_path=tmp_path / "step=2.ckpt")
     for name, p in unbroken.model.named_parameters():
         assert torch.equal(p, dict(resumed.model.named_parameters())[name]), name
+
+
+def test_the_mlp_of_a_relative_position_bias_is_no_sublayer():
+    """timm's RelPosMlp lies inside an attention and sees coordinates, not tokens."""
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 0}
+
+    def make():
+        torch.manual_seed(0)
+        return randomize(timm.models.vision_transformer_relpos.VisionTransformerRelPos(**shape)).eval()
+
+    specs = [{"type": "adapter", "bottleneck": 8}, {"type": "lora", "rank": 4, "targets": ["attn", "mlp"]}, "aim"]
+    model = img2vid.convert(make(), num_frames=4, grafts=[*specs, {"type": "experts", "compute": "dense"}])
+    assert not [name for name in planted(model) if "rel_pos" in name]
+    certificate = certify(model, make(), num_frames=[1, 2], at_step_0=True)
+    assert certificate.ok and certificate.alive
