@@ -410,7 +410,7 @@ def test_the_honesty_panel_needs_to_know_nothing_of_grafts(spec, motion_set):
     given = gather_lists([motion_set / "test.csv"]), Views(4)
     compute = Compute(batch_size=4, num_workers=0, device="cpu")
     if model.visual.tower.in_channels > 3 or model.takes_beside:  # videos alone have none to give
-        with pytest.raises(img2vid.Img2VidError, match="3 channels|none was given|takes audio"):
+        with pytest.raises(img2vid.Img2VidError, match="takes 5 channels, and videos hold 3|takes audio"):
             honesty(model, *given, compute=compute)
         return
     found = honesty(model, *given, compute=compute)["metrics"]
@@ -422,13 +422,16 @@ def test_the_honesty_panel_needs_to_know_nothing_of_grafts(spec, motion_set):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "torchscript"])
 @every_graft
-def test_programs_of_other_formats_are_checked_against_the_model(spec, format, tmp_path):
+def test_as_onnx_it_is_checked_against_the_model(spec, tmp_path):
     for name, make in TOWERS.items():
         model = push(img2vid.convert(make(), num_frames=4, grafts=[spec])).eval()
-        path = tmp_path / f"{name}.{format}"
-        assert export_program(model, path, format).max_difference < 1e-3 and path.exists()
+        path = tmp_path / f"{name}.onnx"
+        if tower_of(model).takes_beside:
+            with pytest.raises(img2vid.Img2VidError, match="a program has one input"):
+                export_program(model, path, "onnx")
+            continue
+        assert export_program(model, path, "onnx").max_difference < 1e-3 and path.exists()
 
 
 @pytest.mark.slow
