@@ -291,20 +291,22 @@ class VideoTextModel(Overlay, Running, Saving):
         config: what to insert in the image tower.
     """
 
-    config: VideoConfig
-
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
-        super().__init__(image_text_model, config=config)
+        super().__init__(image_text_model)
         video = VideoModel(image_text_model.visual, config)
         if video.grafts:
             from img2vid.grafts.grafting import check_beside_text
 
             check_beside_text(video.grafts)
-        self.config = video.config
         if hasattr(image_text_model, "put_tower"):  # transformers, which calls it vision_model
             image_text_model.put_tower(video)
         else:
             image_text_model.visual = video
+
+    @property
+    def config(self) -> VideoConfig:
+        """What was inserted in its image tower, and is noted there."""
+        return self.visual.config
 
     def encode_video(self, clips: Tensor, normalize: bool | None = None, **beside: Tensor) -> Tensor:
         """Clips (B, T, C, H, W) -> features (B, D) in the space of the text features.

@@ -18,7 +18,6 @@ import img2vid
 from img2vid.certificate import certify
 from img2vid.cli import main as cli
 from img2vid.config import ConfigError, VideoConfig
-from img2vid.data.module import VideoData
 from img2vid.evaluation.attention import attention_maps
 from img2vid.export import export_program
 from img2vid.footprint import measure_on_nothing
@@ -492,6 +491,14 @@ def test_the_command_folds_and_speaks_peft(saved, tmp_path, capsys):
     folded = img2vid.load(tmp_path / "folded")
     assert not planted(folded)
     torch.testing.assert_close(features(folded), features(model), atol=1e-5, rtol=1e-5)
+    given = ["graft", str(saved), "--adapter", str(tmp_path / "adapter"), "--adapter-name", "theirs", "--fold"]
+    assert cli([*given, "--out", str(tmp_path / "merged"), *base]) == 0  # read, and folded at once
+    merged = img2vid.load(tmp_path / "merged")
+    assert not planted(merged) and merged.config.grafts == ()
+    torch.testing.assert_close(features(merged), features(again), atol=1e-5, rtol=1e-5)
+    for what in ("--fold", "--remove"):
+        assert cli(["graft", str(saved), what, "--out", str(tmp_path / "no")]) == 2
+        assert "no grafts to fold or to take off" in capsys.readouterr().err
     assert cli(["graft", "--list"]) == 0
     shown = capsys.readouterr().out
     assert all(kind in shown for kind in TYPES)
@@ -519,23 +526,8 @@ def test_options_of_a_graft_are_given_by_name(capsys):
     assert "expected OPTION=VALUE, such as rank=8" in capsys.readouterr().err
 
 
-class WithMore(VideoData):
-    """Where a model takes more channels than RGB, they are how much each frame differs from the one before; where it
-    takes vectors, they are some of the pixels."""
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        batch = super().on_after_batch_transfer(batch, dataloader_idx)
-        clip = batch["clip"]
-        takes = self.trainer.lightning_module.model.takes_beside
-        vectors = {name: clip.flatten(1)[:, :length] for name, length in takes.items()}
-        more = self.trainer.lightning_module.tower.in_channels - clip.shape[-3]
-        return {**batch, **vectors, "clip": torch.cat([clip, (clip - clip.roll(1, -4))[..., :more, :, :]], dim=-3)}
-
-
 @in_turn
-def test_resumed_training_is_the_unbroken_one(spec, motion_set, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.training_run.VideoData", WithMore)
-
+def test_resumed_training_is_the_unbroken_one(spec, motion_set, tmp_path):
     def start(**options):
         video = VideoConfig("nano_clip", num_frames=2, grafts=(over_space(spec),))
         how = Tuning(lr=1e-2, warmup=0, freeze="grafts_only")

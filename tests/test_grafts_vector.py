@@ -190,7 +190,7 @@ class WithSound(VideoData):
 
 
 def test_training_learns_from_what_only_the_vector_says(motion_set, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.training_run.VideoData", WithSound)
+    monkeypatch.setattr("tests.training_run.Videos", WithSound)
     classes = read_list(motion_set / "train.csv").class_names
     video = VideoConfig("nano_clip", num_frames=2, num_classes=len(classes), grafts=(AUDIO,))
     how = Tuning(lr=0.1, warmup=0, freeze="grafts_only")

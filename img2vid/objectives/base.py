@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,10 +82,17 @@ class Step:
 
     def __init__(self, model: Any, batch: Mapping[str, Any], chunk_size: int | None = None) -> None:
         self.model, self.batch, self.chunk_size = model, batch, chunk_size
+        self.asked: list[Any] = []  # what routers of experts note, while the clips of the step are encoded
 
     @cached_property
     def encoded(self) -> tuple[Tensor, Tensor]:
-        return self.encode(self.batch["clip"])
+        self.asked = list(routers(self.model))
+        for balance in self.asked:
+            balance.begin()
+        try:
+            return self.encode(self.batch["clip"])
+        finally:
+            self.asked = []  # when a chunk is run again for its gradients, nothing is noted twice
 
     @property
     def features(self) -> Tensor:
@@ -115,7 +122,10 @@ class Step:
         vectors = self.vectors(len(clips))
 
         def encode(part: Tensor, *beside: Tensor) -> tuple[Tensor, Tensor]:
-            return encode_clips(self.model, part, dict(zip(vectors, beside, strict=True)))
+            encoded = encode_clips(self.model, part, dict(zip(vectors, beside, strict=True)))
+            for balance in self.asked:
+                balance.take()
+            return encoded
 
         return in_chunks(encode, self.chunk_size, clips, *vectors.values())
 
@@ -137,6 +147,11 @@ class Step:
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
             encoded = in_chunks(lambda part: (self.model.encode_text(part, normalize=True),), self.chunk_size, tokens)
         return encoded[0]
+
+
+def routers(model: nn.Module) -> Iterator[Any]:
+    """What each router of experts notes of a step."""
+    return (module.balance for module in model.modules() if hasattr(module, "zero_experts"))
 
 
 def in_chunks(encode: Callable[..., tuple[Tensor, ...]], size: int | None, *inputs: Tensor) -> tuple[Tensor, ...]:
