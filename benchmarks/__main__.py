@@ -4,8 +4,9 @@
     python -m benchmarks --suite cpu --out results.json --only inference-b16 streaming
     python -m benchmarks --suite cpu --out /tmp/try.json --quick        # does it run? (numbers mean nothing)
 
-Results are written after each group; the same command again goes on with the groups that are missing. Peers that are
-not installed are left out by name: pip install timesformer-pytorch adds one.
+Results are written after each group; stopped (Ctrl-C) or failed, the same command again goes on with the groups that
+are missing. Peers that are not installed are left out by name: pip install timesformer-pytorch adds one,
+'img2vid[test]' the others and the videos that are read.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import page
+from benchmarks.subjects import Missing
 from benchmarks.suite import GROUPS, Plan
 
 
@@ -43,9 +45,29 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--suite gpu: torch sees no CUDA device here; --suite cpu runs anywhere")
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: expected at least 1")
+    if options.write is not None:
+        page.parts(options.write)  # told now, not after the measuring
     torch.set_num_threads(options.threads)
     plan = Plan(device, options.threads, options.quick)
-    results, failed = begin(options.out, plan), []
+    results = begin(options.out, plan)
+    save(results, options.out)
+    try:
+        failed = measure(results, options, plan)
+    except KeyboardInterrupt:
+        print(f"interrupted; what was measured is in {options.out}, and the same command goes on with the rest")
+        return 130
+    print(f"{sum(results['minutes'].values()):.1f} minutes in all; results in {options.out}")
+    if options.write is not None:
+        page.write(results, options.write)
+        print(f"Wrote the tables into {options.write}")
+    if failed:
+        print(f"FAILED: {', '.join(failed)}. The same command tries them again.")
+    return 1 if failed else 0
+
+
+def measure(results: dict[str, Any], options: argparse.Namespace, plan: Plan) -> list[str]:
+    """The groups asked for into ``results`` and its file, one after the other; returns those that failed."""
+    failed = []
     for name in options.only or GROUPS:
         if name in results["groups"] and not options.again:
             print(f"{name}: already in {options.out}", flush=True)
@@ -56,7 +78,10 @@ def main(argv: list[str] | None = None) -> int:
             for case in GROUPS[name](plan):
                 cases.append(case)
                 say(name, case)
-        except (Exception, SystemExit):
+        except Missing as error:
+            print(f"{name}: left out ({error})", flush=True)
+            continue
+        except Exception:
             traceback.print_exc()
             print(f"{name}: FAILED, see above; the other groups go on", flush=True)
             failed.append(name)
@@ -64,13 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         results["groups"][name] = cases
         results["minutes"][name] = round((time.perf_counter() - started) / 60, 2)
         save(results, options.out)
-    print(f"{sum(results['minutes'].values()):.1f} minutes in all; results in {options.out}")
-    if options.write is not None:
-        page.write(results, options.write)
-        print(f"Wrote the tables into {options.write}")
-    if failed:
-        print(f"FAILED: {', '.join(failed)}. The same command tries them again.")
-    return 1 if failed else 0
+    return failed
 
 
 def begin(out: Path, plan: Plan) -> dict[str, Any]:
@@ -78,7 +97,14 @@ def begin(out: Path, plan: Plan) -> dict[str, Any]:
     about = {"machine": machine(plan), "device": plan.device, "threads": plan.threads, "quick": plan.quick}
     if not out.is_file():
         return {**about, "minutes": {}, "groups": {}}
-    found = json.loads(out.read_text())
+    try:
+        found = json.loads(out.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"error: {out} is not readable as results ({error}). Give another --out, or remove it."
+        ) from error
+    if not isinstance(found, dict) or not {"minutes", "groups"} <= found.keys():
+        raise SystemExit(f"error: {out} holds no results of benchmarks. Give another --out.")
     different = [name for name, value in about.items() if found.get(name) != value]
     if different:
         raise SystemExit(
@@ -126,10 +152,13 @@ def say(group: str, case: dict[str, Any]) -> None:
 
 
 def save(results: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".new")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(out.name + ".new")
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        temporary.replace(out)
+    except OSError as error:
+        raise SystemExit(f"error: results cannot be written to {out}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -74,16 +74,16 @@ READERS = {
 }
 
 
-def usable_readers(path: str) -> dict:
-    """Those that work here, judged by one read; the others are named with the reason."""
-    usable = {}
+def usable_readers(path: str) -> tuple[dict, dict[str, str]]:
+    """Those that work here, judged by one read; and why the others do not."""
+    usable, left_out = {}, {}
     for name, reader in READERS.items():
         try:
             reader(path, 1, 64)
             usable[name] = reader
         except Exception as error:
-            print(f"left out: {name} ({(str(error).strip() or type(error).__name__).splitlines()[0]})")
-    return usable
+            left_out[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return usable, left_out
 
 
 def measure(
@@ -120,7 +120,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     videos = args.videos or default_videos()
-    readers = usable_readers(videos[0])
+    readers, left_out = usable_readers(videos[0])
+    for name, why in left_out.items():
+        print(f"left out: {name} ({why})")
     base = "decord directly" if "decord directly" in readers else "PyAV directly"
     ratios: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:

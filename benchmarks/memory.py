@@ -69,4 +69,6 @@ def peak(device: str, current: bool = False) -> float:
 
 
 if __name__ == "__main__":
+    if not 3 <= len(sys.argv[1:]) <= 5:
+        sys.exit(f"{__doc__}\nusage: python -m benchmarks.memory SUBJECT SIZE FRAMES [cpu|cuda [THREADS]]")
     main(*sys.argv[1:])

@@ -8,6 +8,8 @@ For each model, and for the image model it was converted from:
     still       of 10, on clips that show one frame of each video again and again
     opposite    share of the clips that, shown backwards, are taken for the opposite motion
     shuffled    motion, with each clip's frames in random order
+
+A model with a classifier of motions has no texts any more: what it answers counts, and digits are not asked.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,6 +53,10 @@ def read_clips(motion_set: Path, num_frames: int, size: int) -> tuple[Tensor, Te
     )
 
 
+def input_size(model) -> int:
+    return getattr(model, "visual", model).tower.image_size[0]
+
+
 @torch.no_grad()
 def classes(model, prompts: list[list[str]]) -> Tensor:
     """Prompts of each class -> (classes, D): normalised, averaged, normalised."""
@@ -63,32 +70,45 @@ def features(model, clips: Tensor) -> Tensor:
 
 
 def measure(model, clips: Tensor, motion: Tensor, digit: Tensor) -> dict[str, float]:
-    captions = [[f"the digit {word} {name}"] for name in CLASS_NAMES for word in DIGIT_WORDS]
-    texts = classes(model, captions)  # (80, D), ten of each motion
-    digits = classes(model, [[template.format(word) for template in TEMPLATES] for word in DIGIT_WORDS])
     pairs = [pair for forth in MOTIONS for pair in (forth, forth[::-1])]
     opposite = torch.tensor([CLASS_NAMES.index(dict(pairs)[name]) for name in CLASS_NAMES])
     orders = torch.rand(clips.shape[:2], generator=torch.Generator().manual_seed(0)).argsort(dim=1)
     shuffled = torch.stack([clip[order] for clip, order in zip(clips, orders, strict=True)])
     middle = clips[:, clips.shape[1] // 2, None].expand_as(clips)
-    forwards = features(model, clips)
-
-    def motions_of(x: Tensor) -> Tensor:
-        return (x @ texts.T).argmax(dim=1) // len(DIGIT_WORDS)
-
-    def digits_of(x: Tensor) -> Tensor:
-        return (x @ digits.T).argmax(dim=1)
+    has_texts = hasattr(model, "encode_text")
+    motions_of = by_captions(model) if has_texts else classified(model)
 
     def share(found: Tensor, wanted: Tensor) -> float:
         return (found == wanted).float().mean().item()
 
-    return {
-        "motion": share(motions_of(forwards), motion),
-        "digit": share(digits_of(forwards), digit),
-        "still": share(digits_of(features(model, middle)), digit),
-        "opposite": share(motions_of(features(model, clips.flip(1))), opposite[motion]),
-        "shuffled": share(motions_of(features(model, shuffled)), motion),
+    found = {
+        "motion": share(motions_of(clips), motion),
+        "opposite": share(motions_of(clips.flip(1)), opposite[motion]),
+        "shuffled": share(motions_of(shuffled), motion),
     }
+    if has_texts:
+        digits = classes(model, [[template.format(word) for template in TEMPLATES] for word in DIGIT_WORDS])
+        for name, shown in (("digit", clips), ("still", middle)):
+            found[name] = share((features(model, shown) @ digits.T).argmax(dim=1), digit)
+    return found
+
+
+def by_captions(model) -> Callable[[Tensor], Tensor]:
+    """Clips (N, T, C, H, W) -> motions (N,): that of the best of 80 captions."""
+    captions = [[f"the digit {word} {name}"] for name in CLASS_NAMES for word in DIGIT_WORDS]
+    texts = classes(model, captions)  # (80, D), ten of each motion
+    return lambda clips: (features(model, clips) @ texts.T).argmax(dim=1) // len(DIGIT_WORDS)
+
+
+def classified(model) -> Callable[[Tensor], Tensor]:
+    """Clips (N, T, C, H, W) -> motions (N,): what the model's classifier says."""
+    places = torch.tensor([CLASS_NAMES.index(name) for name in model.class_names])
+
+    @torch.no_grad()
+    def motions(clips: Tensor) -> Tensor:
+        return places[torch.cat([model(model.normalize(part)).argmax(dim=1) for part in clips.split(64)])]
+
+    return motions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.models:
         model = img2vid.convert(name, num_frames=4) if name == "nano_clip" else img2vid.load(name)
         num_frames = options.num_frames or model.config.num_frames
-        numbers = measure(model, *read_clips(options.motion_set, num_frames, model.visual.tower.image_size[0]))
+        numbers = measure(
+            model, *read_clips(options.motion_set, num_frames, getattr(model, "visual", model).tower.image_size[0])
+        )
         results[name] = numbers
         print(name, *(f"{key} {value:.1%}" for key, value in numbers.items()), sep="  ", flush=True)
     if options.json is not None:

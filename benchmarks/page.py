@@ -83,6 +83,14 @@ def table(cases: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def bound(case: dict[str, Any]) -> str:
+    """Which of the two a training run waits for, reading or the step, in a sentence."""
+    share = case["ratios"]["img2vid / training step"][0]
+    if share <= 1.0:
+        return f"- {case['size']}: the step bounds training. One core reads for {1 / share:,.0f} that train."
+    return f"- {case['size']}: reading bounds training, unless {share:,.1f} cores read for it."
+
+
 def page(results: dict[str, Any]) -> str:
     machine = results["machine"]
     lines = [
@@ -99,6 +107,8 @@ def page(results: dict[str, Any]) -> str:
         if not cases:
             continue
         lines += ["", f"### {title}", "", *table(cases)]
+        if name == "data":
+            lines += ["", *map(bound, cases)]
         for case in cases:
             left_out |= case.get("left_out", {})
     if left_out:
@@ -106,17 +116,25 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    """Exchange what stands between the marks.
+def parts(path: Path) -> tuple[str, str]:
+    """What stands before and after the marks.
 
     Raises:
-        SystemExit: they are not there.
+        SystemExit: there is no such page, or they are not there.
     """
+    if not path.is_file():
+        raise SystemExit(f"error: there is no page {path} to write tables into")
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"error: {path} must hold these lines, once each:\n{BEGIN}\n{END}")
     before, rest = text.split(BEGIN)
-    text = f"{before}{BEGIN}\n\n{page(results)}\n{END}{rest.split(END)[1]}"
+    return before, rest.split(END)[1]
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    """Exchange what stands between the marks."""
+    before, after = parts(path)
+    text = f"{before}{BEGIN}\n\n{page(results)}\n{END}{after}"
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

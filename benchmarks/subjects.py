@@ -30,6 +30,8 @@ OURS = {
     "img2vid last 4": {"temporal_layers": "last:4"},
 }
 
+NAMES = (*OURS, "transformers", "timesformer-pytorch", "image model", "limit", "limit folded", "limit image")
+
 
 class Missing(Exception):
     """A subject that cannot take part here; says why."""
@@ -40,6 +42,7 @@ def build(name: str, size: str, num_frames: int, device: str = "cpu", dtype: tor
 
     Raises:
         Missing: its library is not installed.
+        ValueError: there is no such subject.
     """
     torch.manual_seed(0)
     sizes = VIT[size]
@@ -51,8 +54,10 @@ def build(name: str, size: str, num_frames: int, device: str = "cpu", dtype: tor
         model = transformers_model(sizes, num_frames)
     elif name == "timesformer-pytorch":
         model = pypi_model(sizes, num_frames)
-    else:
+    elif name == "image model":
         model = OnFrames(image_model(size))
+    else:
+        raise ValueError(f"{name!r} is no subject; there are {', '.join(NAMES)} and what TRAINING makes of them")
     return model.eval().to(device, dtype)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from img2vid.backbones import as_reference, describe
+from img2vid.beside import examples_beside
 from img2vid.errors import Img2VidError
 from img2vid.model import VideoModel, VideoTextModel
 from img2vid.proof.evidence import (
@@ -163,7 +164,8 @@ def certify(
     at_own_size = image_size is None or tuple(image_size) == tuple(video.tower.image_size)
     guarantee = Guarantee.of(video.config, video.tower.num_prefix_tokens, at_own_size)
     frames = sorted(set(num_frames or (1, 2, 3, video.config.num_steps)))
-    with in_eval_mode(model, reference):
+    vectors = torch.Generator().manual_seed(seed)  # its own, so that clips are the same with and without
+    with in_eval_mode(model, reference), examples_beside(video, 2, vectors):
         with torch.no_grad(), video.gates_closed():
             comparisons = []
             for t in frames:

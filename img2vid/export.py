@@ -127,6 +127,11 @@ def check_place(
 def check_request(model: nn.Module, format: str, text: bool) -> None:
     if model.training:
         raise ExportError("The model is in training mode, in which it drops at random; export model.eval().")
+    if format != "safetensors" and not text and model.takes_beside:
+        raise ExportError(
+            f"This model takes {', '.join(model.takes_beside)} beside clips, and a program has one input. Take that "
+            "off first (img2vid.grafts.remove), or export its weights: --format safetensors."
+        )
     if text and not isinstance(model, VideoTextModel):
         raise ExportError(f"This {type(model).__name__} has no text tower; leave out --text.")
     if format == "onnx" and main_dtype(model) == torch.bfloat16:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from img2vid.beside import examples_beside
 from img2vid.model import VideoModel, VideoTextModel
 from img2vid.temporal.pooling import first
 
@@ -64,8 +65,9 @@ def measure_on_nothing(model: VideoModel | VideoTextModel, batch_size: int, auto
     """
     video = model.visual if isinstance(model, VideoTextModel) else model
     dtype, channels = next(model.parameters()).dtype, video.tower.in_channels
-    with FakeTensorMode():
+    with FakeTensorMode(), ExitStack() as stack:
         make_fake(model)
+        stack.enter_context(examples_beside(video, batch_size))
         clips = torch.zeros(batch_size, video.config.num_frames, channels, *video.tower.image_size, dtype=dtype)
         if not isinstance(model, VideoTextModel):
             return measure(model, lambda: first(model(clips)).float().sum(), [clips], autocast)

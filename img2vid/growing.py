@@ -7,13 +7,15 @@ Wider: hidden units of an MLP occur several times, and what leaves a unit is sha
 
     fc2 act(fc1 x) = sum over copies j of unit i of share_ij fc2[:, i] act(fc1[i] x)        sum over j of share_ij = 1
 
-The shares are unequal at random, or copies would get equal gradients and stay copies forever.
+Heads of attention, over space and along time, likewise, whole heads at a time (``img2vid.backbones.widening``). The
+shares are unequal at random, or copies would get equal gradients and stay copies forever.
 
-What comes out is an ordinary model of its library, ``depth`` and ``mlp_ratio`` among its ``backbone_args``.
+What comes out is an ordinary model of its library: its ``backbone_args`` say how its factory builds it.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from img2vid.backbones.names import parse_name
+from img2vid.backbones.larger import larger_arguments
 from img2vid.backbones.parts import LinearMap, linear_maps
-from img2vid.backbones.reading import read_block
+from img2vid.backbones.reading import block_kind, child, read_block
+from img2vid.backbones.widening import Widening, widen
 from img2vid.checkpoints.native import main_dtype
 from img2vid.checkpoints.rebuilding import build_backbone, tower_of
 from img2vid.config import VideoConfig, real_number, whole_number
@@ -44,6 +47,7 @@ class Growth:
 
     blocks: list[tuple[int, bool]]  # of each new block: the old one's number, and whether it is an identity after it
     hidden: tuple[int, int]  # width of an MLP before and after
+    heads: tuple[int, int]  # of an attention before and after
     difference: float  # largest, in features of noise clips
     tolerance: float
 
@@ -55,22 +59,29 @@ class Growth:
         new = sum(is_new for _, is_new in self.blocks)
         return (
             f"{len(self.blocks) - new} blocks and {new} identities behind them, MLPs of {self.hidden[0]} -> "
-            f"{self.hidden[1]}: features moved by {self.difference:.3g} (at most {self.tolerance:.3g} is rounding)"
+            f"{self.hidden[1]}, {self.heads[0]} -> {self.heads[1]} heads: features moved by {self.difference:.3g} (at "
+            f"most {self.tolerance:.3g} is rounding)"
         )
 
 
 def grow(
-    model: VideoModel | VideoTextModel, depth: int | None = None, mlp_ratio: float | None = None, seed: int = 0
+    model: VideoModel | VideoTextModel,
+    depth: int | None = None,
+    mlp_ratio: float | None = None,
+    heads: int | None = None,
+    seed: int = 0,
 ) -> tuple[VideoModel | VideoTextModel, Growth]:
     """A deeper or wider model of the same function; ``model`` is not changed.
 
     Args:
         depth: blocks, at least as many as it has; identities are spread evenly.
-        mlp_ratio: hidden width of MLPs as a multiple of the token width, as timm's factories take it.
-        seed: of which units are repeated, and how unequal their shares are.
+        mlp_ratio: hidden width of MLPs as a multiple of the token width, as its library's factory takes it.
+        heads: of attention over space and along time, each as wide as they are; at least as many as it has.
+        seed: of which units and heads are repeated, and how unequal their shares are.
 
     Raises:
-        GrowthError: it is no timm model with a name, has grafts, or blocks for which this is not exact.
+        GrowthError: its library cannot build the larger one by a name, it has grafts, or blocks for which this is not
+            exact.
     """
     video, config = tower_of(model), model.config
     before = len(video.tower.blocks)
@@ -78,16 +89,20 @@ def grow(
     depth = before if depth is None else whole_number("depth", depth, least=before)
     mlp_ratio = None if mlp_ratio is None else real_number("mlp_ratio", mlp_ratio, least=1e-6)
     blocks = spread(before, depth)
-    grown = build(config, blocks, mlp_ratio, video)
+    grown = build(config, blocks, mlp_ratio, heads, video)
     grown.to(main_dtype(model))
     generator = torch.Generator().manual_seed(seed)
+    counts = [read_block(one.tower.blocks[0][1]).num_heads for one in (video, tower_of(grown))]
+    if counts[1] < counts[0]:
+        raise GrowthError(f"heads={heads}: there are {counts[0]} already; they only ever become more.")
+    source = with_heads(model, counts[1], generator)
     old_maps, new_maps = linear_maps(video.tower), linear_maps(tower_of(grown).tower)
     hidden = width_of_mlp(old_maps[0]), width_of_mlp(new_maps[0])
     if hidden[1] < hidden[0]:
         raise GrowthError(f"mlp_ratio={mlp_ratio}: MLPs are {hidden[0]} wide already; they only ever grow.")
     picks = [Widening.draw(*hidden, generator) for _ in range(before)]
     load_weights(
-        grown, transferred(model, grown, blocks, picks, old_maps), keep_dtypes=True, source="the smaller model"
+        grown, transferred(source, grown, blocks, picks, old_maps), keep_dtypes=True, source="the smaller model"
     )
     for (_, is_new), maps, (_, block) in zip(blocks, new_maps, tower_of(grown).tower.blocks, strict=True):
         if is_new:
@@ -96,15 +111,15 @@ def grow(
     tower_of(grown).class_names = video.class_names
     tower_of(grown).tower.preprocess = video.tower.preprocess
     grown.train(model.training)
-    return grown, compare(video, tower_of(grown), blocks, hidden)
+    return grown, compare(video, tower_of(grown), blocks, hidden, (counts[0], counts[1]))
 
 
 def refuse_impossible(video: VideoModel) -> None:
     config = video.config
-    if config.backbone is None or parse_name(config.backbone).library != "timm":
+    if config.backbone is None:
         raise GrowthError(
-            f"{config.backbone or 'A module passed in by hand'} cannot be grown: the larger model is built by its "
-            "name, with depth and mlp_ratio, which timm's factories take. Convert timm:NAME."
+            "A module passed in by hand cannot be grown: the larger model is built by its name. Convert timm:NAME or "
+            "open_clip:ARCH."
         )
     if config.grafts:
         raise GrowthError("A model with grafts cannot be grown; fold them or take them off first: img2vid graft.")
@@ -121,47 +136,36 @@ def spread(before: int, depth: int) -> list[tuple[int, bool]]:
 
 
 def build(
-    config: VideoConfig, blocks: list[tuple[int, bool]], mlp_ratio: float | None, video: VideoModel
+    config: VideoConfig,
+    blocks: list[tuple[int, bool]],
+    mlp_ratio: float | None,
+    heads: int | None,
+    video: VideoModel,
 ) -> VideoModel | VideoTextModel:
     """The larger model, its weights still random."""
-    changes: dict[str, Any] = {"depth": len(blocks)}
-    if mlp_ratio is not None:
-        changes["mlp_ratio"] = mlp_ratio
+    depth = len(blocks) if len(blocks) > len(video.tower.blocks) else None
     layers: Any = config.temporal_layers
     if layers != "all":
         attending = set(config.layers(len(video.tower.blocks)))
         layers = tuple(j for j, (i, is_new) in enumerate(blocks) if i in attending and not is_new)
-    config = dataclasses.replace(config, backbone_args={**config.backbone_args, **changes}, temporal_layers=layers)
     try:
+        arguments = larger_arguments(str(config.backbone), config.backbone_args, depth, mlp_ratio, heads)
+        config = dataclasses.replace(config, backbone_args=arguments, temporal_layers=layers)
         return build_model(build_backbone(config), config)
     except BackboneError as error:
-        raise GrowthError(f"{config.backbone} cannot be built with {changes}: {error}") from error
+        raise GrowthError(f"The larger model cannot be built: {error}") from error
 
 
-@dataclass
-class Widening:
-    """Which old unit each new one is (H',), and its share of what leaves that unit (H',)."""
-
-    units: Tensor
-    shares: Tensor
-
-    @classmethod
-    def draw(cls, before: int, after: int, generator: torch.Generator) -> Widening:
-        more = torch.randint(before, (after - before,), generator=generator)
-        units = torch.cat([torch.arange(before), more])
-        weights = torch.empty(after, dtype=torch.float64).uniform_(0.5, 1.5, generator=generator)
-        totals = torch.zeros(before, dtype=torch.float64).index_add_(0, units, weights)
-        return cls(units, weights / totals[units])
-
-    def enter(self, tensor: Tensor) -> Tensor:
-        """Rows of fc1, or its bias; of a gated MLP's both halves."""
-        halves = tensor.unflatten(0, (-1, int(self.units.max()) + 1))
-        return halves[:, self.units.to(tensor.device)].flatten(0, 1)
-
-    def leave(self, tensor: Tensor) -> Tensor:
-        """Columns of fc2."""
-        shared = tensor[:, self.units.to(tensor.device)].double() * self.shares.to(tensor.device)
-        return shared.to(tensor.dtype)
+def with_heads(model: Any, heads: int, generator: torch.Generator) -> Any:
+    """The model with so many heads over space and along time, for its weights; itself where it has them already."""
+    if read_block(tower_of(model).tower.blocks[0][1]).num_heads == heads:
+        return model
+    model = copy.deepcopy(model)
+    for _, block in tower_of(model).tower.blocks:
+        for attn in (child(block, block_kind(block).attn), getattr(block, "temporal_attn", None)):
+            if attn is not None:
+                widen(attn, Widening.draw(attn.num_heads, heads, generator))
+    return model
 
 
 def width_of_mlp(maps: list[LinearMap]) -> int:
@@ -204,11 +208,14 @@ def transferred(
             tensor = pick.enter(tensor)
         elif "mlp.fc2" in roles and tensor.ndim == 2:
             tensor = pick.leave(tensor)
-        elif tensor.shape != wanted.shape:
+        elif tensor.shape != wanted.shape and not pick.is_even:
             raise GrowthError(
                 f"{name} is of {tuple(tensor.shape)} and would have to become {tuple(wanted.shape)}: with a norm over "
-                "hidden units, repeating them is another function. Only depth can grow here."
+                f"hidden units, repeating some of them is another function. Give an mlp_ratio that makes a multiple of "
+                f"{pick.before}, which repeats all of them alike; only depth can grow by any number."
             )
+        elif tensor.shape != wanted.shape:  # of a norm over hidden units
+            tensor = pick.enter(tensor)
         state[key] = tensor
     return state
 
@@ -223,10 +230,16 @@ def make_identity(block: nn.Module, maps: list[LinearMap]) -> None:
 
 
 @torch.no_grad()
-def compare(video: VideoModel, grown: VideoModel, blocks: list[tuple[int, bool]], hidden: tuple[int, int]) -> Growth:
+def compare(
+    video: VideoModel,
+    grown: VideoModel,
+    blocks: list[tuple[int, bool]],
+    hidden: tuple[int, int],
+    heads: tuple[int, int],
+) -> Growth:
     clips = make_clips(video, "moving", 2, torch.Generator().manual_seed(0))
     with in_eval_mode(video, grown):
         expected = first(video.frame_features(clips))
         difference = largest(first(grown.frame_features(clips)) - expected)
     # ten times nearer than what elsewhere counts as rounding
-    return Growth(blocks, hidden, difference, 0.1 * CLOSE[expected.dtype] * largest(expected))
+    return Growth(blocks, hidden, heads, difference, 0.1 * CLOSE[expected.dtype] * largest(expected))

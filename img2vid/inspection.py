@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from img2vid.backbones import load_backbone
 from img2vid.backbones.reading import block_kind, child, read_block
 from img2vid.backbones.tower import ImageTower
+from img2vid.beside import examples_beside
 from img2vid.checkpoints.native import read_description
 from img2vid.config import DIVIDED_ONLY, ConfigError, VideoConfig, shown
 from img2vid.errors import WeightsError
@@ -171,6 +172,6 @@ def count_flops(tower: ImageTower, num_images: int) -> int:
 def count_clip_flops(video: VideoModel) -> tuple[int, int]:
     """FLOPs of one clip, and the length of its feature."""
     clip = torch.zeros(1, video.config.num_frames, video.tower.in_channels, *video.tower.image_size, device="meta")
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, examples_beside(video, 1):
         feature = first(video.eval().clip_features(clip))
     return counter.get_total_flops(), feature.shape[-1]

@@ -7,6 +7,7 @@ Integers and masks are the first model's. Gates of a tanh are merged as what the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from img2vid.checkpoints.native import WEIGHTS, check_replaceable, load, read_description, save
 from img2vid.errors import Img2VidError
+from img2vid.grafts.base import Graft
 from img2vid.interpolation import check_same, is_tanh_gate, mix
 from img2vid.tuning.groups import image_tower_of
 from img2vid.weights.accounting import load_weights, read_state_dict
@@ -30,9 +32,9 @@ class MergeError(Img2VidError):
 def linear(states: Sequence[State], shares: Sequence[float]) -> dict[str, Tensor]:
     """The weighted mean; shares are divided by their sum."""
     total = sum(shares)
-    if len(shares) != len(states) or total <= 0 or min(shares) < 0:
+    if len(shares) != len(states) or not 0 < total < math.inf or min(shares) < 0:  # also where one is no number
         raise MergeError(
-            f"shares={list(shares)} of {len(states)} models: expected as many, not negative, not all zero."
+            f"shares={list(shares)} of {len(states)} models: expected as many numbers, not negative, not all zero."
         )
     parts = [share / total for share in shares]
     flipped = list(reversed(states))  # mix takes what has no mean from the last
@@ -65,8 +67,8 @@ def on_arc(start: Tensor, end: Tensor, alpha: float, is_gate: bool) -> Tensor:
 
 def task(base: State, states: Sequence[State], scales: Sequence[float]) -> dict[str, Tensor]:
     """``base + sum of scale_i (state_i - base)``: what each model learned beyond the base, added or taken away."""
-    if len(scales) != len(states):
-        raise MergeError(f"scales={list(scales)} of {len(states)} models: expected as many.")
+    if len(scales) != len(states) or not all(map(math.isfinite, scales)):
+        raise MergeError(f"scales={list(scales)} of {len(states)} models: expected as many numbers.")
     return {key: added(base[key], [s[key] for s in states], scales, is_tanh_gate(key)) for key in base}
 
 
@@ -112,10 +114,17 @@ def run(models: list[str], out: Path, method: str, shares: list[float] | None, b
         state = linear(states, parts)
         said = " + ".join(f"{p / sum(parts):g} x {m}" for p, m in zip(parts, models, strict=True))
     load_weights(model, state, source="the merged weights")
-    image_tower_of(model).class_names = class_names
-    image_tower_of(model).image_weights = f"a merger ({method}): {said}"
+    video = image_tower_of(model)
+    video.class_names = class_names
+    video.image_weights = f"a merger ({method}): {said}"
     save(model, out)
     print(f"{said}.")
+    for one in video.grafts:
+        if type(one).fold is not Graft.fold:  # a product, of which each factor was merged by itself
+            print(
+                f"{one.name}: its parts were merged one by one, which is not what they add to a weight. For that, fold"
+            )
+            print("it into each model first: img2vid graft FOLDER --fold --out FOLDER.")
     print("Kept of any model's function: nothing is promised, as none of them is there alone. Measure it.")
     print(f"Wrote {out}. Load it with img2vid.load({str(out)!r}).")
     return 0

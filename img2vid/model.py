@@ -126,11 +126,17 @@ class VideoModel(Overlay, Running, Saving):
 
     # ---- forward, from clips to features
 
-    def forward(self, clips: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, clips: Tensor, **beside: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Clips (B, T, C, H, W), normalised like the backbone's images -> features (B, D), or logits (B, num_classes).
 
         A tower that returns several tensors for an image (CoCa: pooled, tokens) returns each of them for the clip.
+
+        Args:
+            beside: a vector for each clip (B, E) by its name, where a graft takes one (``img2vid.grafts.vector``).
         """
+        if beside:
+            with self.beside(**beside):
+                return self.forward(clips)
         features = self.clip_features(clips)
         return features if self.config.num_classes is None else self.classifier(first(features))
 
@@ -285,27 +291,33 @@ class VideoTextModel(Overlay, Running, Saving):
         config: what to insert in the image tower.
     """
 
-    config: VideoConfig
-
     def __init__(self, image_text_model: nn.Module, config: VideoConfig) -> None:
-        super().__init__(image_text_model, config=config)
+        super().__init__(image_text_model)
         video = VideoModel(image_text_model.visual, config)
         if video.grafts:
             from img2vid.grafts.grafting import check_beside_text
 
             check_beside_text(video.grafts)
-        self.config = video.config
         if hasattr(image_text_model, "put_tower"):  # transformers, which calls it vision_model
             image_text_model.put_tower(video)
         else:
             image_text_model.visual = video
 
-    def encode_video(self, clips: Tensor, normalize: bool | None = None) -> Tensor:
+    @property
+    def config(self) -> VideoConfig:
+        """What was inserted in its image tower, and is noted there."""
+        return self.visual.config
+
+    def encode_video(self, clips: Tensor, normalize: bool | None = None, **beside: Tensor) -> Tensor:
         """Clips (B, T, C, H, W) -> features (B, D) in the space of the text features.
 
         Args:
             normalize: to length 1; None does what the wrapped class does by default (CLIP: no, CoCa: yes).
+            beside: a vector for each clip (B, E) by its name, where a graft takes one.
         """
+        if beside:
+            with self.beside(**beside):
+                return self.encode_video(clips, normalize)
         if normalize is None:
             normalize = inspect.signature(self.base.encode_image).parameters["normalize"].default
         if hasattr(self.base, "to_text_space"):

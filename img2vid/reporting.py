@@ -246,6 +246,16 @@ def print_grafts() -> None:
     Console().print(table)
 
 
+def print_candidates(console: Console, candidates: Sequence[Any]) -> None:
+    table = Table(title="Where to go over, the best first", title_justify="left", title_style="bold")
+    for header in ("layers of each part", "CKA of each junction", "named right"):
+        table.add_column(header)
+    for one in candidates:
+        layers, ckas = " + ".join(map(str, map(list, one.layers))), ", ".join(f"{cka:.3f}" for cka in one.ckas)
+        table.add_row(*map(Text, (layers, ckas, "-" if one.accuracy is None else f"{one.accuracy:.1%}")))
+    console.print(table)
+
+
 def print_junctions(console: Console, junctions: Sequence[Any]) -> None:
     table = Table(title="Junctions", title_justify="left", title_style="bold")
     for header in ("in front of block", "from", "to", "bridge", "CKA arriving", "CKA bridged", "error"):

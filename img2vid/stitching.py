@@ -4,6 +4,9 @@ A stitched model is none of its parts: nothing is preserved, and a junction's si
 Bridges are fitted one after the other by least squares, on the tokens that really arrive, to the tokens that the next
 part's own model would have there, on the same images (Bansal et al. 2021, arXiv:2106.07682). Similarity is linear CKA
 (Kornblith et al. 2019, arXiv:1905.00414), which no rotation and no common factor changes.
+
+A part whose model cuts images into another grid of patches runs on the first part's, as at another image size; what its
+own model knows is interpolated to that grid, to be compared with.
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ from img2vid.errors import Img2VidError
 from img2vid.temporal.pooling import first
 
 NOTHING_KEPT = "none: a stitched model is none of the models it is made of"
-MOST_TOKENS = 10_000  # to compare all layers of two models by
 
 
 class StitchError(Img2VidError):
@@ -95,7 +97,7 @@ def stitch(
             "none" if bridge is None else "untrained",
         )
         if images is not None:
-            known = tokens_at(follower.tower, number, images, batch_size)
+            known = tokens_at(follower.tower, number, images, batch_size, like=stitched.tower)
             arriving = tokens_at(stitched.tower, at, images, batch_size, before_bridge=True)
             if bridge is not None:
                 fit_linear(bridge, arriving, known)
@@ -142,15 +144,21 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 
 def tokens_at(
-    tower: ImageTower, number: int, images: Tensor, batch_size: int = 16, before_bridge: bool = False
+    tower: ImageTower,
+    number: int,
+    images: Tensor,
+    batch_size: int = 16,
+    before_bridge: bool = False,
+    like: ImageTower | None = None,
 ) -> Tensor:
     """Tokens (n * (P + N), D) in front of block ``number`` (behind the last one for the number of blocks), in double.
 
     Args:
         images: (n, C, H, W) from 0 to 1, resized and normalised as the tower wants them.
         before_bridge: where the block in front has a bridge, what goes into it.
+        like: a tower on whose grid of patches they are wanted; None for their own.
     """
-    return tokens_of(tower, [number], images, batch_size, before_bridge)[number]
+    return tokens_of(tower, [number], images, batch_size, before_bridge, like=like)[number]
 
 
 @torch.no_grad()
@@ -161,6 +169,7 @@ def tokens_of(
     batch_size: int = 16,
     before_bridge: bool = False,
     stride: int = 1,
+    like: ImageTower | None = None,
 ) -> dict[int, Tensor]:
     """As ``tokens_at``, in front of several blocks at once, and of each image every ``stride``-th token."""
     seen: dict[int, list[Tensor]] = {number: [] for number in numbers}
@@ -170,9 +179,19 @@ def tokens_of(
         for batch in images.split(batch_size):
             tower.call(tower.module, prepared(tower, batch))
     return {
-        number: torch.cat([tokens[:, ::stride].double().flatten(0, 1) for tokens in parts])
+        number: torch.cat([on_grid(tokens.double(), tower, like)[:, ::stride].flatten(0, 1) for tokens in parts])
         for number, parts in seen.items()
     }
+
+
+def on_grid(tokens: Tensor, tower: ImageTower, like: ImageTower | None) -> Tensor:
+    """Tokens (B, P + N, D) of a tower, its patches interpolated to the grid of another, (B, P + N', D)."""
+    if like is None or like.grid == tower.grid:
+        return tokens
+    prefix, patches = tokens.split([tower.num_prefix_tokens, tokens.shape[1] - tower.num_prefix_tokens], dim=1)
+    grid = patches.transpose(1, 2).unflatten(2, tower.grid)  # (B, D, h, w)
+    grid = F.interpolate(grid, size=like.grid, mode="bilinear", antialias=True)
+    return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 @contextmanager
@@ -209,50 +228,8 @@ def prepared(tower: ImageTower, images: Tensor) -> Tensor:
     return ((images - mean) / std).to(weight.device, weight.dtype)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Two parts: the first ``end`` blocks of one model, then another from block ``begin`` on; alike by ``cka``."""
-
-    end: int
-    begin: int
-    cka: float
-
-
-def search(first_one: Backbone, second: Backbone, images: Tensor, depth: int | None = None, batch_size: int = 16):
-    """All places to go over from one model to another, the most alike first.
-
-    Args:
-        depth: how many blocks the stitched model is to have; None for any number, which near the ends means that most
-            of it is one of the two.
-
-    Returns:
-        Candidates, of every ``end`` from 1 and every ``begin`` up to the last block.
-
-    Raises:
-        StitchError: no two parts have so many blocks together.
-    """
-    depths = [len(backbone.tower.blocks) for backbone in (first_one, second)]
-    pairs = [
-        (end, begin)
-        for end in range(1, depths[0])
-        for begin in range(1, depths[1])
-        if depth in (None, end + depths[1] - begin)
-    ]
-    if not pairs:
-        raise StitchError(f"depth={depth}: models of {depths[0]} and {depths[1]} blocks give 2 to {sum(depths) - 2}.")
-    grids = [(backbone.tower.grid, backbone.tower.num_prefix_tokens) for backbone in (first_one, second)]
-    if grids[0] != grids[1]:
-        raise StitchError("These models cut images into different numbers of tokens, so no junction can be fitted.")
-    rows, columns = first_one.tower.grid
-    stride = -(-len(images) * rows * columns // MOST_TOKENS)
-    ours = tokens_of(first_one.tower, sorted({end for end, _ in pairs}), images, batch_size, stride=stride)
-    theirs = tokens_of(second.tower, sorted({begin for _, begin in pairs}), images, batch_size, stride=stride)
-    found = [Candidate(end, begin, linear_cka(ours[end], theirs[begin])) for end, begin in pairs]
-    return sorted(found, key=lambda one: -one.cka)
-
-
 def save_stitched(
-    folder: Path, stitched: Backbone, junctions: Sequence[Junction], candidates: Sequence[Candidate] = ()
+    folder: Path, stitched: Backbone, junctions: Sequence[Junction], candidates: Sequence[Any] = ()
 ) -> None:
     """Write what ``stitched:FOLDER`` reads: the weights, the recipe, and what was measured."""
     described = {

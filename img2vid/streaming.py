@@ -22,10 +22,14 @@ from img2vid.clips import ClipError
 from img2vid.config import whole_number
 from img2vid.errors import Img2VidError
 from img2vid.temporal.causal import Past
+from img2vid.temporal.eager import uncompiled
 from img2vid.temporal.pooling import first
 
 if TYPE_CHECKING:
     from img2vid.model import VideoModel, VideoTextModel
+
+
+MOST_STEPS = 2**31 - 1
 
 
 class StreamError(Img2VidError):
@@ -57,6 +61,9 @@ class Stream:
         window: steps that a frame sees in each layer, itself included, and that the clip feature is the mean of; memory
             is constant then. None for all there have been: keys and values of every frame are kept.
 
+    Of frames seen, keys and values are kept, not pixels: after a change of weights a stream would go on with what the
+    old ones made of them, so reset() it. A model that is moved, cast or fused goes on.
+
     The windows are of layers: what a frame knows reaches back ``window - 1`` frames further with each layer. That is
     what an offline forward gives whose attention along time has that band for a mask, and showing a new stream a whole
     clip at once is that forward.
@@ -67,7 +74,7 @@ class Stream:
     def __init__(self, model: VideoModel | VideoTextModel, window: int | None = None) -> None:
         self.video = getattr(model, "visual", model)
         self.model = model
-        self.window = None if window is None else whole_number("window", window)
+        self.window = None if window is None else whole_number("window", window, most=MOST_STEPS)
         check_causal(self.video)
         self.reset()
 
@@ -75,7 +82,7 @@ class Stream:
         """Forget all frames; another video may follow, of another size and number."""
         self.past = Past(self.window)
         self.shape: tuple[int, ...] | None = None
-        self.mean: Tensor | float = 0.0  # (B, D), of the frame features so far, and how many those are
+        self.mean: Tensor | None = None  # (B, D), of the frame features so far, and how many those are
         self.count = 0
         self.recent: deque[Tensor] = deque(maxlen=self.window)  # (B, D) each, where there is a window
         self.interrupted = False
@@ -95,7 +102,7 @@ class Stream:
         """
         clips = self.checked(frames)
         self.interrupted = True  # until all layers have seen the frames
-        with self.video.clip.after(self.past), torch.compiler.set_stance("force_eager"):
+        with self.video.clip.after(self.past), uncompiled():
             features = first(self.video.frame_features(clips))  # (B, T, D)
         self.past.num_steps += features.shape[1]
         means = torch.stack([self.running_mean(x) for x in self.in_pool(features).unbind(1)], dim=1)
@@ -114,13 +121,17 @@ class Stream:
         """The next frame's feature (B, D) -> the mean so far (B, D)."""
         if self.window is not None:
             self.recent.append(feature)
-            return torch.stack(tuple(self.recent), dim=1).mean(dim=1)
+            return torch.stack([x.to(feature) for x in self.recent], dim=1).mean(dim=1)
+        # in float64, as a mean of thousands of frames no longer moves in the precision of half a feature
+        wide = torch.float32 if feature.device.type == "mps" else torch.float64
         self.count += 1
-        self.mean = self.mean + (feature - self.mean) / self.count
-        return self.mean
+        new = feature.to(wide)
+        self.mean = new if self.mean is None else self.mean.to(new) + (new - self.mean.to(new)) / self.count
+        return self.mean.to(feature.dtype)
 
     def checked(self, frames: Tensor) -> Tensor:
         """Frames as clips (B, T, C, H, W) that continue this stream."""
+        check_causal(self.video)  # it may have been grafted since
         if self.video.training:
             raise StreamError("This model is in training mode, where frames are dropped at random: model.eval() first.")
         if self.interrupted:

@@ -54,6 +54,7 @@ def test_the_average_over_epochs_is_their_mean(motion_set, tmp_path):
     _, second, third = history.epochs
     for name, weight in saved.items():
         torch.testing.assert_close(weight, (second[name] + third[name]) / 2, atol=1e-6, rtol=1e-5)
+        assert torch.equal(history.validated[-1][name], weight)  # the epoch that has just ended takes part
     assert any(not torch.equal(weight, third[name]) for name, weight in saved.items())
 
 

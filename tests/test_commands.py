@@ -60,6 +60,7 @@ _shtab_img2vid "" "${{COMP_WORDS[COMP_CWORD]}}"; echo "${{COMPREPLY[@]}}"
     assert completed("img2vid", "eval", "h") == {"honesty"}
     assert "--num-frames" in completed("img2vid", "eval", "zero-shot", "--num")
     assert "--prefix-mode" in completed("img2vid", "convert", "--pre")
+    assert str(script) in completed("img2vid", "convert", "--weights", str(script)[:-3])
 
 
 def test_the_commands_run_as_modules():

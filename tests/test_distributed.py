@@ -1,6 +1,7 @@
 """Several processes train as one does, wait for each other no longer than they must, and say no where they cannot."""
 
 import csv
+import math
 import socket
 import subprocess
 import sys
@@ -45,10 +46,18 @@ GRAFTS = [
     {"type": "prompt", "form": "gated"},
     {"type": "prompt", "name": "vpt", "num_tokens": 4},
 ]
+# what brings towers, experts and inputs of its own
+IN_TIME = {"backbone": "nano_clip", "attention": "divided_space_time"}
+LARGER = [
+    {"type": "fusion", "towers": ["nano_clip", IN_TIME], "train": True},
+    {"type": "experts"},
+    {"type": "control", "more": 1, "copies": 2},
+    {"type": "channels", "more": 1},
+]
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("grafts", [[], GRAFTS], ids=["plain", "grafted"])
+@pytest.mark.parametrize("grafts", [[], GRAFTS, LARGER], ids=["plain", "grafted", "grafted larger"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_have_the_losses_of_one(motion_set, tmp_path, strategy, grafts):
     # 13 videos to validate on: one process has a batch more than the other
@@ -61,12 +70,31 @@ def test_two_processes_have_the_losses_of_one(motion_set, tmp_path, strategy, gr
     assert two.returncode == 0, two.stderr
     alone = [float.fromhex(loss) for _, loss in losses(tmp_path / "one")]
     together = mean_losses(tmp_path / "two")
+    for rank in (0, 1):  # what is logged is the mean over processes, not the first one's own
+        logged = [float(line) for line in (tmp_path / "two" / f"logged-{rank}.txt").read_text().split()]
+        assert logged == pytest.approx(together, rel=1e-6)
     assert together[0] == pytest.approx(alone[0], abs=1e-5)
     assert together == pytest.approx(alone, abs=1e-4)
     model, twin = (img2vid.load(tmp_path / name / "model") for name in ("two", "one"))
     for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         if ours.ndim > 1:  # biases of keys have no gradient but rounding, which AdamW makes steps of
             assert torch.allclose(ours, theirs, atol=2e-4), name
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_compiled_experts_and_towers_in_two_processes(motion_set, tmp_path, strategy):
+    """Blocks by torch.compile, balance among experts, clips in chunks."""
+    given = dict(data=motion_set, batch_size=4, epochs=1, masked=False, save_every=100, grafts=LARGER, balance=True)
+    two = start(given | dict(out=tmp_path, devices=2, strategy=strategy, compiled=True, chunk_size=2), 2)
+    assert two.returncode == 0, two.stderr
+    together = mean_losses(tmp_path)
+    assert len(together) == 3 and all(map(math.isfinite, together))
+    torch.manual_seed(0)  # as in training_run
+    fixed = img2vid.convert("nano_clip", num_frames=2, grafts=LARGER).state_dict()
+    model = img2vid.load(tmp_path / "model")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, fixed[name])}
+    assert {name for name in moved if "router" in name} == {name for name in fixed if "router" in name}
 
 
 @pytest.mark.multiprocess

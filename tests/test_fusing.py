@@ -1,6 +1,7 @@
 """Less arithmetic along time for inference: the same function, and nothing of the model has changed."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -358,3 +359,39 @@ def test_a_frozen_trunk_that_runs_twice_keeps_nothing(settings, clips):
     model.set_grad_checkpointing()
     model.grad_checkpointing = False
     assert [type(block) for block in model.blocks] == classes
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention": "factorised_encoder"}], ids=str)
+def test_weights_made_in_inference_mode_are_looked_at_again(settings, clips):
+    """Torch does not count how often those are written to."""
+    with torch.inference_mode():
+        model, plain = make(**settings), make(**settings)
+        assert next(model.parameters()).is_inference()
+        model.fuse()
+        assert not torch.equal(model(clips), plain(clips)), "it is another computation"
+        for each in (model, plain):
+            randomize(each, seed=4)
+        torch.testing.assert_close(model(clips), plain(clips), atol=3e-6, rtol=1e-5)
+        with model.gates_closed(), plain.gates_closed():
+            torch.testing.assert_close(model(clips), plain(clips), atol=3e-6, rtol=1e-5)
+
+
+def test_a_gate_made_in_inference_mode_is_looked_at_again(clips):
+    with torch.inference_mode():
+        model = frozen_at_zero()
+        assert calls_along_time(model, lambda: model(clips)) == 0
+        for block in model.blocks:
+            block.temporal_fc.weight.fill_(0.1)
+        assert calls_along_time(model, lambda: model(clips)) == 3
+
+
+@torch.no_grad()
+def test_fused_twice_pickled_and_trained(clips):
+    model = make().fuse().fuse()
+    assert fused_layers(model) == 3 and torch.equal(model(clips), make().fuse()(clips))
+    again = pickle.loads(pickle.dumps(model))
+    assert fused_layers(again) == 3 and torch.equal(again(clips), model(clips))
+    for each in (model, again):
+        randomize(each, seed=5)
+    assert torch.equal(again(clips), model(clips))
+    assert fused_layers(again.unfuse()) == 0

@@ -18,7 +18,6 @@ import img2vid
 from img2vid.certificate import certify
 from img2vid.cli import main as cli
 from img2vid.config import ConfigError, VideoConfig
-from img2vid.data.module import VideoData
 from img2vid.evaluation.attention import attention_maps
 from img2vid.export import export_program
 from img2vid.footprint import measure_on_nothing
@@ -28,6 +27,7 @@ from img2vid.grafts.base import Graft
 from img2vid.grafts.grafting import num_parameters, tower_of
 from img2vid.interpolation import interpolate
 from img2vid.objectives import Classification
+from img2vid.programs import ExportError
 from img2vid.streaming import StreamError
 from img2vid.temporal.pooling import first
 from img2vid.training import Tuning, VideoTraining
@@ -53,6 +53,7 @@ GRAFTS = {
     "experts": {"type": "experts", "layers": "all"},
     "experts dense": {"type": "experts", "num_experts": 3, "compute": "dense"},
     "fusion": {"type": "fusion", "towers": ["nano_clip"], "train": True},
+    "vector": {"type": "vector", "name": "audio", "dim": 6},
 }
 TOWERS = {
     "vit": small_vit,
@@ -79,10 +80,16 @@ def clips(num_frames=3, seed=1, model=None):
     return torch.randn(2, num_frames, 8, 32, 32, generator=torch.Generator().manual_seed(seed))[:, :, :channels]
 
 
+def vectors(model, num_clips=2):
+    """What it takes beside clips."""
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.randn(num_clips, n, generator=generator) for name, n in model.takes_beside.items()}
+
+
 @torch.no_grad()
 def features(model, num_frames=3):
     run = model.encode_video if hasattr(model, "encode_video") else model
-    return run(clips(num_frames, model=model))
+    return run(clips(num_frames, model=model), **vectors(model))
 
 
 def planted(model):
@@ -219,7 +226,8 @@ def test_gradients_reach_all_of_it(spec, checkpointed):
     freeze(model, "grafts_only")
     if checkpointed:
         model.set_grad_checkpointing()
-    (model(clips(model=model)) * torch.randn(48, generator=torch.Generator().manual_seed(2))).sum().backward()
+    objective = torch.randn(48, generator=torch.Generator().manual_seed(2))
+    (model(clips(model=model), **vectors(model)) * objective).sum().backward()
     arrived = collections.Counter()
     for name, p in planted(model).items():  # which experts are asked is a matter of the clip
         arrived[re.sub(r"zero_experts\.\d+", "zero_experts", name)] += float(p.grad.abs().sum())
@@ -298,7 +306,7 @@ def test_half_precision(spec):
     model = img2vid.convert(small_vit(), num_frames=4, grafts=[spec], dtype="bfloat16")
     assert {p.dtype for p in planted(model).values()} == {torch.bfloat16}
     with torch.no_grad():
-        found, expected = model(clips(model=model).bfloat16()), plain(clips().bfloat16())
+        found, expected = model(clips(model=model).bfloat16(), **vectors(model)), plain(clips().bfloat16())
         assert keeps(spec, found, expected, 5e-2) == is_gated(spec)
 
 
@@ -339,13 +347,19 @@ def test_attention_is_drawn_or_refused_with_the_reason(spec):
         with pytest.raises(img2vid.Img2VidError, match="attend to more"):
             attention_maps(model, clips()[:1])
         return
-    maps = attention_maps(model, clips(model=model)[:1])
+    with model.beside(**vectors(model, 1)):
+        maps = attention_maps(model, clips(model=model)[:1])
     assert {m.shape for m in maps.rows().values()} == {(3, 4, 4)}
 
 
 @in_turn
 def test_it_is_part_of_an_exported_program(spec, tmp_path):
     model = push(img2vid.convert(small_vit(), num_frames=4, grafts=[spec]))
+    if model.takes_beside:
+        with pytest.raises(ExportError, match="takes audio beside clips, and a program has one input"):
+            export_program(model, tmp_path / "model.pt2", "torch-export")
+        assert export_program(model, tmp_path / "model.safetensors", "safetensors").max_difference == 0.0
+        return
     assert export_program(model, tmp_path / "model.pt2", "torch-export").max_difference < 1e-4
     again = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(again(clips(5, model=model)), features(model, 5), atol=1e-4, rtol=1e-4)
@@ -455,7 +469,7 @@ def test_the_command_grafts_certifies_and_takes_off(spec, saved, tmp_path, capsy
     given = ["graft", str(saved), "--graft", spec["type"], *words, "--certify-frames", "1", "2"]
     assert cli([*given, "--out", str(tmp_path / "grafted")]) == 0
     shown = capsys.readouterr().out
-    assert f"{spec['type']}: " in shown and "Result" in shown
+    assert f"{read_graft(spec).name}: " in shown and "Result" in shown
     assert read_graft(img2vid.load(tmp_path / "grafted").config.grafts[0]) == read_graft(spec)
     given = ["graft", str(tmp_path / "grafted"), "--remove", "--certify-frames", "1"]
     assert cli([*given, "--out", str(tmp_path / "bare")]) == 0
@@ -477,6 +491,14 @@ def test_the_command_folds_and_speaks_peft(saved, tmp_path, capsys):
     folded = img2vid.load(tmp_path / "folded")
     assert not planted(folded)
     torch.testing.assert_close(features(folded), features(model), atol=1e-5, rtol=1e-5)
+    given = ["graft", str(saved), "--adapter", str(tmp_path / "adapter"), "--adapter-name", "theirs", "--fold"]
+    assert cli([*given, "--out", str(tmp_path / "merged"), *base]) == 0  # read, and folded at once
+    merged = img2vid.load(tmp_path / "merged")
+    assert not planted(merged) and merged.config.grafts == ()
+    torch.testing.assert_close(features(merged), features(again), atol=1e-5, rtol=1e-5)
+    for what in ("--fold", "--remove"):
+        assert cli(["graft", str(saved), what, "--out", str(tmp_path / "no")]) == 2
+        assert "no grafts to fold or to take off" in capsys.readouterr().err
     assert cli(["graft", "--list"]) == 0
     shown = capsys.readouterr().out
     assert all(kind in shown for kind in TYPES)
@@ -504,20 +526,8 @@ def test_options_of_a_graft_are_given_by_name(capsys):
     assert "expected OPTION=VALUE, such as rank=8" in capsys.readouterr().err
 
 
-class WithMore(VideoData):
-    """Where a model takes more channels than RGB, they are how much each frame differs from the one before."""
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        batch = super().on_after_batch_transfer(batch, dataloader_idx)
-        clip = batch["clip"]
-        more = self.trainer.lightning_module.tower.in_channels - clip.shape[-3]
-        return {**batch, "clip": torch.cat([clip, (clip - clip.roll(1, -4))[..., :more, :, :]], dim=-3)}
-
-
 @in_turn
-def test_resumed_training_is_the_unbroken_one(spec, motion_set, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.training_run.VideoData", WithMore)
-
+def test_resumed_training_is_the_unbroken_one(spec, motion_set, tmp_path):
     def start(**options):
         video = VideoConfig("nano_clip", num_frames=2, grafts=(over_space(spec),))
         how = Tuning(lr=1e-2, warmup=0, freeze="grafts_only")
@@ -551,6 +561,7 @@ def test_frames_shown_one_at_a_time_are_those_of_the_clip(name):
     model = push(img2vid.convert(small_clip(), num_frames=4, causal=True, grafts=[GRAFTS[name]]))
     video = tower_of(model)
     shown = clips(3, model=model)
-    whole, stream = first(video.frame_features(shown)), video.stream()
-    for t in range(3):
-        torch.testing.assert_close(stream(shown[:, t]).frame, whole[:, t], atol=1e-4, rtol=1e-4)
+    with video.beside(**vectors(video)):
+        whole, stream = first(video.frame_features(shown)), video.stream()
+        for t in range(3):
+            torch.testing.assert_close(stream(shown[:, t]).frame, whole[:, t], atol=1e-4, rtol=1e-4)

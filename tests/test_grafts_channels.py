@@ -5,7 +5,7 @@ import torch
 
 import img2vid
 from img2vid.certificate import certify
-from img2vid.grafts import GraftError, graft, remove
+from img2vid.grafts import GraftError, graft, read_graft, remove
 from tests.conftest import small_clip, small_eva, small_vit
 from tests.test_grafts import features, push
 from tests.test_transformers import make as make_hf
@@ -96,3 +96,20 @@ def test_patches_that_are_no_convolution(monkeypatch):
     with pytest.raises(GraftError, match="do not come from one plain convolution"):
         graft(model, ["channels"])
     assert model.config.grafts == () and model.tower.in_channels == 3
+
+
+@pytest.mark.parametrize("first", ["flow", "depth"])
+@torch.no_grad()
+def test_modalities_leave_in_any_order_with_their_pixel_statistics(first):
+    flow = {"type": "channels", "name": "flow", "more": 2, "mean": [0.1, 0.2]}
+    depth = {"type": "channels", "name": "depth", "more": 1, "mean": 0.3, "std": 0.7}
+    model = push(img2vid.convert(small_vit(), num_frames=2, grafts=[flow, depth]))
+    clip = torch.randn(1, 2, 6, 32, 32)
+    left, kept = (depth, [0, 1, 2, 5]) if first == "flow" else (flow, [0, 1, 2, 3, 4])
+    remove(model, first)
+    assert model.tower.in_channels == len(kept) and model.tower.preprocess.mean[3:] == tuple(read_graft(left).mean)
+    never = img2vid.convert(small_vit(), num_frames=2, grafts=[left])
+    never.load_state_dict(model.state_dict())
+    assert torch.equal(model(clip[:, :, kept]), never(clip[:, :, kept]))
+    remove(model)
+    assert model.tower.in_channels == 3 and model.tower.preprocess == img2vid.convert(small_vit()).tower.preprocess

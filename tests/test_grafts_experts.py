@@ -11,6 +11,7 @@ from img2vid.config import ConfigError
 from img2vid.convert import convert
 from img2vid.grafts import GraftError, fold, graft, remove
 from img2vid.grafts.experts import Experts, balance_loss
+from img2vid.grafts.grafting import num_parameters
 from img2vid.objectives import BalanceExperts, Classification, ObjectiveError, Step, Surroundings, WeightedSum
 from img2vid.temporal.infront import fronts_of
 from tests.conftest import small_clip, small_eva, small_vit
@@ -200,3 +201,40 @@ def test_one_mixture_an_mlp():
                                  block_fn=timm.models.vision_transformer.ParallelScalingBlock)  # fmt: skip
     with pytest.raises(img2vid.Img2VidError, match="has no mlp of its own"):
         convert(parallel, grafts=["experts"])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_balance_is_of_all_chunks_together(checkpointed):
+    """In chunks (gradient caching) as at once: the loss, and every router's gradient."""
+    losses, gradients = [], []
+    for size in (None, 1):
+        torch.manual_seed(0)
+        model = push(with_experts(), 0.3).train()
+        if checkpointed:
+            model.set_grad_checkpointing()
+        step = Step(model, {"clip": clips(), "label": torch.tensor([0, 1])}, chunk_size=size)
+        (BalanceExperts(weight=1.0)(step)["balance_loss"] + step.features.square().mean()).backward()
+        losses.append(float(BalanceExperts(weight=1.0)(step)["balance_loss"].detach()))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "router" in name})
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0] > 1.01
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_is_noted_outside_of_a_step_and_nothing_of_an_earlier_one():
+    model = with_experts().train()
+    for _ in range(3):
+        model(clips()).sum().backward()  # a loop of one's own, in which nobody asks
+    assert not scion_of(model).balance.parts
+    for _ in range(3):
+        BalanceExperts()(Step(model, {"clip": clips()}))
+        assert len(scion_of(model).balance.parts) == 1
+    with pytest.raises(ObjectiveError, match="no router is in training mode"):  # not what training has left
+        BalanceExperts()(Step(model.eval(), {"clip": clips()}))
+
+
+def test_the_parameters_are_those_of_the_experts_and_a_router():
+    """E experts of the MLP's size instead of one, and E x D numbers a router, in each layer that is upcycled."""
+    model, dim = with_experts(num_experts=5), 48
+    mlp = sum(p.numel() for p in small_vit().blocks[0].mlp.parameters())
+    assert num_parameters(model, "experts") == 3 * (5 * mlp + 5 * dim)

@@ -14,6 +14,7 @@ from img2vid.data.lists import read_list
 from img2vid.evaluation.features import Compute, Views, extract
 from img2vid.grafts import GraftError, graft, remove
 from img2vid.grafts.fusion import seen_by
+from img2vid.grafts.grafting import num_parameters
 from img2vid.tuning import freeze, layer_groups
 from tests.conftest import randomize, small_clip, small_eva, small_vit
 
@@ -248,3 +249,9 @@ def test_bad_towers_are_explained(options, message):
     with pytest.raises(img2vid.Img2VidError, match=message):
         graft(model, [{"type": "fusion", **options}])
     assert not model.config.grafts and not any("graft_" in key for key in model.state_dict())
+
+
+def test_the_parameters_are_those_of_the_towers_and_a_gate():
+    model, other = fused(towers=("nano_clip", "nano_clip")), convert("nano_clip", attention="space_only").visual
+    whole = sum(p.numel() for p in other.parameters())
+    assert num_parameters(model, "fusion") == 2 * whole + 48 * (2 * 64) + 48

@@ -115,3 +115,18 @@ def test_grafts_that_mix_frames_are_never_run_on_a_part_of_them(kind, grafted_fi
     assert refused is None or not grafted_first  # put on later, they stand in front and see all frames
     model.set_frames_at_a_time(None)
     torch.testing.assert_close(found, model.frame_features(long), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temporal_layers": "last:1"}], ids=str)
+@pytest.mark.parametrize("trunk_only", [False, True])
+@pytest.mark.parametrize("checkpointing_first", [False, True])
+@torch.no_grad()
+def test_beside_checkpointing(settings, trunk_only, checkpointing_first, long):
+    """Which has nothing to do without gradients, in whatever order the two were asked for."""
+    model = make(**settings)
+    whole = model.frame_features(long)
+    steps = [lambda: model.set_frames_at_a_time(3), lambda: model.set_grad_checkpointing(trunk_only=trunk_only)]
+    for step in reversed(steps) if checkpointing_first else steps:
+        step()
+    for mode in (False, True):
+        torch.testing.assert_close(model.train(mode).frame_features(long), whole, atol=3e-6, rtol=1e-5)

@@ -91,6 +91,11 @@ def test_task_vectors_are_added_and_taken_away():
         lambda a: linear([a, a], [1]),
         lambda a: linear([a, a], [-1, 2]),
         lambda a: linear([a, a], [0, 0]),
+        lambda a: linear([a, a], [math.nan, 1]),
+        lambda a: linear([a, a], [math.inf, 1]),
+        lambda a: slerp(a, a, math.nan),
+        lambda a: task(a, [a], [math.nan]),
+        lambda a: task(a, [a], [math.inf]),
         lambda a: slerp(a, a, 1.5),
         lambda a: task(a, [a], [1, 1]),
     ],
@@ -154,3 +159,38 @@ def test_no_model_is_written_over(folders, capsys, monkeypatch):
     monkeypatch.chdir(folders)
     assert cli(["merge", "a", "b", "--out", "a"]) == 2
     assert "is one of the models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "task"])
+def test_models_with_grafts_are_merged_and_told_what_folding_first_would_do(method, tmp_path, capsys):
+    specs = [{"type": "lora", "rank": 2}, {"type": "adapter", "bottleneck": 4}]
+    for name, seed in (("base", 0), ("a", 1), ("b", 2)):
+        model = img2vid.convert("nano_clip", num_frames=2, grafts=specs)
+        randomize(model, seed, 0.01).save_pretrained(tmp_path / name)
+    base = ["--base", str(tmp_path / "base")] if method == "task" else []
+    given = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--method", method, *base]
+    assert cli([*given, "--out", str(tmp_path / "out")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "lora: its parts were merged one by one" in shown and "adapter: its parts" not in shown
+    merged = img2vid.load(tmp_path / "out")
+    assert [one["type"] for one in merged.config.grafts] == ["lora", "adapter"]
+    img2vid.convert("nano_clip", num_frames=2).save_pretrained(tmp_path / "bare")
+    assert cli(["merge", str(tmp_path / "a"), str(tmp_path / "bare"), "--out", str(tmp_path / "no")]) == 2
+    assert "grafts: " in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_what_classes_are_called_is_known_if_one_of_the_models_knows_it(tmp_path):
+    for name, classes in (("a", None), ("b", ("yes", "no"))):
+        model = randomize(img2vid.convert("nano_clip", num_frames=2, num_classes=2), 1, 0.01)
+        model.class_names = classes
+        model.save_pretrained(tmp_path / name)
+    assert cli(["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]) == 0
+    assert img2vid.load(tmp_path / "out").class_names == ("yes", "no")
+
+
+@pytest.mark.parametrize("other", [{"num_frames": 4}, {"dtype": "bfloat16"}, {"num_classes": 2}, {"causal": True}])
+def test_models_that_are_not_alike_are_told_apart_by_the_setting(other, folders, tmp_path, capsys):
+    img2vid.convert("nano_clip", **{"num_frames": 2, **other}).save_pretrained(tmp_path / "other")
+    assert cli(["merge", str(folders / "a"), str(tmp_path / "other"), "--out", str(tmp_path / "out")]) == 2
+    assert "differ in more than their weights" in (shown := capsys.readouterr().err)
+    assert f"  {next(iter(other))}: " in shown and not (tmp_path / "out").exists()

@@ -1,8 +1,10 @@
 """``img2vid stream``: frames of files and cameras come one at a time, at the rate asked for, and are scored."""
 
 import json
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 import img2vid
 from img2vid.cli import main
 from img2vid.data import live, read_clip
-from img2vid.data.errors import VideoError
+from img2vid.data.errors import DamagedVideoWarning, VideoError
 from img2vid.data.live import at_rate, watch
 from img2vid.data.transforms import TestTransform
 from img2vid.evaluation.prompts import class_embeddings, read_templates
@@ -147,3 +149,118 @@ def test_a_model_that_looks_ahead(video, capsys, tmp_path):
     code, _, err = said(capsys, str(tmp_path / "model"), video, "--classes", *CLASSES)
     assert code == 2 and "--causal" in err
     assert Path(tmp_path / "model").is_dir()
+
+
+def damage(path, to):
+    """Some bytes in the middle of the second half, where packets are."""
+    data = bytearray(Path(path).read_bytes())
+    start = len(data) * 3 // 4
+    data[start : start + 400] = bytes(255 - byte for byte in data[start : start + 400])
+    Path(to).write_bytes(data)
+    return str(to)
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "noise.mp4"
+    write_video(path, "libx264", [i * 100 for i in range(30)])
+    return str(path)
+
+
+def write_video(path, codec, times, size=(48, 64)):
+    """Noise, at these milliseconds."""
+    generator = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, width=size[1], height=size[0], pix_fmt="yuv420p")
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time in times:
+            frame = av.VideoFrame.from_ndarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_uneven_times_are_the_files_own(tmp_path):
+    """As screen recordings have them, which hold a frame where something has changed."""
+    times = [0, 40, 80, 5000, 5040, 9000]
+    for name, codec in (("uneven.mp4", "libx264"), ("uneven.mkv", "libx264"), ("uneven.webm", "libvpx-vp9")):
+        write_video(tmp_path / name, codec, times)
+        found = [seconds for seconds, _ in watch(tmp_path / name)]
+        assert found == pytest.approx([time / 1000 for time in times], abs=1e-3), name
+        assert [round(s) for s, _ in watch(tmp_path / name, target_fps=1.0)] == [0, 5, 9], name
+
+
+def test_times_in_whole_milliseconds_lose_no_frame(tmp_path):
+    """33 ms are less than a thirtieth of a second."""
+    write_video(tmp_path / "even.mkv", "libx264", [round(i * 1000 / 30) for i in range(40)])
+    assert len(list(watch(tmp_path / "even.mkv", target_fps=30.0))) == 40
+
+
+def test_damage_is_told_or_counted(compressed, tmp_path, folder, capsys):
+    broken = damage(compressed, tmp_path / "broken.mp4")
+    with pytest.raises(VideoError, match=r"broken\.mp4: .*conceal"):
+        list(watch(broken))
+    with pytest.warns(DamagedVideoWarning, match=r"broken\.mp4: \d+ damaged packets"):
+        found = list(watch(broken, on_error="conceal"))
+    assert len(found) > 20
+    code, lines, err = said(capsys, folder, broken, "--classes", *CLASSES)
+    assert code == 2 and len(lines) >= 2 and "broken.mp4" in err, "what came before has been seen"
+    with pytest.warns(DamagedVideoWarning):
+        assert said(capsys, folder, broken, "--classes", *CLASSES, "--conceal")[0] == 0
+
+
+class Clock:
+    """Of a camera of 10 frames a second and of who watches; reading waits for a frame, or finds it waiting."""
+
+    def __init__(self, ahead=5.0):
+        self.now, self.ahead = 0.0, ahead
+
+    def frames(self, count):
+        for i in range(count):
+            self.now = max(self.now, i / 10)
+            yield SimpleNamespace(time=i / 10 + self.ahead, number=i)
+
+    def __call__(self):
+        return self.now
+
+
+def test_who_is_slower_than_a_camera_sees_what_is_there_now():
+    clock, late = Clock(), []
+    for frame in live.fresh(clock.frames(200), clock):
+        late.append(clock.now - frame.number / 10)
+        clock.now += 0.42
+    assert max(late) < 0.26 and 40 < len(late) < 60
+    clock = Clock()
+    assert [f.number for f in live.fresh(clock.frames(200), clock)] == list(range(200)), "and who is not, all"
+
+
+def test_clocks_that_disagree_do_not_end_it():
+    """After as many frames as can be waiting, a frame is new whatever its time says."""
+    clock = Clock()
+    seen = []
+    for frame in live.fresh(clock.frames(2000), lambda: clock.now + (100.0 if clock.now > 5 else 0.0)):
+        seen.append(frame.number)
+    assert len(seen) == 2000 - live.MOST_WAITING
+
+
+def test_a_camera_that_is_unplugged(monkeypatch):
+    monkeypatch.setattr(live, "CAMERAS", dict.fromkeys(("linux", "darwin"), ("lavfi", "testsrc=size=64x48:rate={n}")))
+
+    def unplugged(frames, clock):
+        yield from islice(frames, 2)
+        raise av.error.OSError(19, "No such device")
+
+    monkeypatch.setattr(live, "fresh", unplugged)
+    frames = watch("20")
+    assert len([next(frames), next(frames)]) == 2
+    with pytest.raises(VideoError, match=r"Camera 20 .*stopped: No such device"):
+        next(frames)
+
+
+def test_frames_of_other_sizes_are_cut_to_the_models(folder, tmp_path, capsys):
+    from PIL import Image
+
+    for i, size in enumerate([(48, 40), (40, 48), (200, 33), (32, 32)]):
+        Image.fromarray(np.full((size[1], size[0], 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    code, lines, _ = said(capsys, folder, str(tmp_path), "--classes", *CLASSES)
+    assert code == 0 and [line.split()[:2] for line in lines] == [["frame", str(i)] for i in range(1, 5)]

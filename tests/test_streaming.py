@@ -1,6 +1,7 @@
 """Frames shown one at a time give what the whole clip gives, and no frame knows later ones."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -10,10 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import img2vid
+import img2vid.grafts
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.streaming import Stream, StreamError
 from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.causal import CausalAttention, look_back
+from img2vid.temporal.eager import uncompiled
 from img2vid.temporal.infront import take_from_front
 from tests.conftest import randomize, small_clip, small_vit
 
@@ -308,3 +311,156 @@ def test_other_formats_refuse_it(tmp_path):
     with pytest.raises(img2vid.Img2VidError, match="causal is True here, False there"):
         img2vid.export_checkpoint(model, tmp_path / "model.pyth", "timesformer")
     assert not list(tmp_path.iterdir())
+
+
+# ---- what may happen to a model while a stream of it is open
+
+
+@pytest.mark.parametrize("number", [1, 3, 100])
+@torch.no_grad()
+def test_some_frames_at_a_time(number, long):
+    """Blocks that work on some frames and places at a time leave a stream's memory, which is of all places, whole."""
+    model = make()
+    wanted = model.frame_features(long)
+    model.set_frames_at_a_time(number)
+    one_by_one, some = model.stream(), model.stream()
+    assert_close(torch.stack([one_by_one(frame).frame for frame in long.unbind(1)], dim=1), wanted)
+    assert_close(torch.cat([some(part).frame for part in long.split([2, 5, 4], dim=1)], dim=1), wanted)
+
+
+@torch.no_grad()
+def test_a_model_that_is_cast_goes_on(long):
+    model = make()
+    wanted = model.frame_features(long[:, :6])
+    for window in (None, 8):
+        stream = make().stream(window)
+        for t in range(3):
+            stream(long[:, t])
+        stream.video.double()
+        for t in range(3, 6):
+            now = stream(long[:, t].double())
+            assert now.frame.dtype == now.clip.dtype == torch.float64
+            assert_close(now.frame.float(), wanted[:, t])
+        assert_close(now.clip.float(), wanted.mean(dim=1))
+
+
+@torch.no_grad()
+def test_autocast_may_come_and_go(long):
+    model = make()
+    stream, wanted = model.stream(), model.frame_features(long)
+    for t in range(6):
+        with torch.autocast("cpu", torch.bfloat16, enabled=t % 2 == 0):
+            torch.testing.assert_close(stream(long[:, t]).frame.float(), wanted[:, t], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_stream_of_inference_mode_goes_on_outside(window, long):
+    model = make()
+    stream, wanted = model.stream(window), model.stream(window)
+    for t in range(11):
+        with torch.inference_mode(t < 5):
+            now = stream(long[:, t])
+        assert torch.equal(now.frame, wanted(long[:, t]).frame)
+
+
+@torch.no_grad()
+def test_the_mean_of_many_frames_in_half_precision():
+    """Added up in bfloat16, the mean of thousands of frames stands still a hundred frames before it is there."""
+    stream = make().bfloat16().stream()
+    features = torch.randn(3000, 1, 48, generator=torch.Generator().manual_seed(0)).bfloat16() + 1
+    means = torch.stack([stream.running_mean(feature) for feature in features])
+    assert means.dtype == torch.bfloat16
+    exact = features.double().cumsum(0) / torch.arange(1, 3001).view(-1, 1, 1)
+    torch.testing.assert_close(means.double(), exact, atol=5e-3, rtol=5e-3)
+
+
+@torch.no_grad()
+def test_a_layer_that_was_left_out_for_a_while_remembers_nothing_of_it(long):
+    """Frozen at zero a branch is not computed, and keeps no keys; watched it is, and must not recall what never was."""
+    model = img2vid.convert(small_vit(), num_frames=4, causal=True).requires_grad_(False)
+    plain = model.frame_features(long)
+    for at in ((3, 4, 5), (0, 1, 5, 6)):  # frames in which somebody watches
+        stream = model.stream()
+        for t in range(8):
+            hook = model.blocks[1].temporal_fc.register_forward_hook(lambda *call: None)
+            if t not in at:
+                hook.remove()
+            assert_close(stream(long[:, t]).frame, plain[:, t])
+            hook.remove()
+        (memory,) = stream.past.layers.values()
+        assert (memory.first, memory.next) == ((3, 6) if at[0] else (5, 7))
+
+
+def test_a_graft_that_looks_ahead_is_noticed_in_an_open_stream(long):
+    model = make(causal=False, attention="space_only")
+    stream = model.stream()
+    stream(long[:, 0])
+    img2vid.grafts.graft(model, [{"type": "st_adapter", "bottleneck": 8}])
+    with pytest.raises(StreamError, match="st_adapter"):
+        stream(long[:, 1])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_copies_of_an_open_stream_go_their_own_way(fused, long):
+    model = make().fuse() if fused else make()
+    stream, wanted = model.stream(), model.frame_features(long)
+    for t in range(4):
+        stream(long[:, t])
+    for twin in (copy.deepcopy(stream), pickle.loads(pickle.dumps(stream))):
+        assert twin.model is not model
+        for t in range(4, 8):
+            assert_close(twin(long[:, t]).frame, wanted[:, t])
+    assert_close(stream(long[:, 4]).frame, wanted[:, 4])
+
+
+@torch.no_grad()
+def test_fused_and_unfused_in_between(long):
+    model = make()
+    stream, wanted = model.stream(), model.frame_features(long)
+    for t in range(9):
+        (model.unfuse, model.fuse, model.fuse)[t % 3]()
+        assert_close(stream(long[:, t]).frame, wanted[:, t])
+
+
+@torch.no_grad()
+def test_compiled_blocks_run_as_they_were_written(long):
+    """A program that was compiled knows no past; elsewhere, and afterwards, it runs compiled."""
+    model, ran = make(), []
+    wanted = model.frame_features(long)
+    for block in model.blocks:
+        block.compile(backend=lambda graph, inputs: ran.append(1) or graph.forward)
+    stream = model.stream()
+    for t in range(5):
+        assert_close(stream(long[:, t]).frame, wanted[:, t])
+    assert not ran
+    assert_close(model.frame_features(long), wanted)
+    assert ran
+
+
+def test_threads_with_models_of_their_own_leave_the_compiler_as_it_was():
+    import torch._dynamo
+
+    before, inside = torch._dynamo.eval_frame._stance, threading.Barrier(2)
+    first_out = threading.Event()
+
+    def run(is_first):
+        with uncompiled():
+            inside.wait(10)
+            if not is_first:
+                first_out.wait(10)  # the one that came first is gone
+            assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+        first_out.set()
+
+    threads = [threading.Thread(target=run, args=(is_first,)) for is_first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch._dynamo.eval_frame._stance == before
+
+
+def test_windows_no_memory_could_hold():
+    with pytest.raises(img2vid.Img2VidError, match="at most 2,147,483,647"):
+        make().stream(window=2**70)
+    assert make().stream(window=2**31 - 1)(torch.zeros(1, 3, 32, 32)).frame.shape == (1, 48)

@@ -16,12 +16,26 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from img2vid.config import VideoConfig
 from img2vid.data.module import VideoData
-from img2vid.objectives import Classification, Contrastive, Distillation, WeightedSum
+from img2vid.objectives import BalanceExperts, Classification, Contrastive, Distillation, WeightedSum
 from img2vid.training import Tuning, VideoTraining
 from img2vid.training.averaging import MovingAverage
 
 ROOT = Path(__file__).parents[1]
 QUIET = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+
+
+class Videos(VideoData):
+    """Where a model takes more channels than RGB, they are how much each frame differs from the one before; where it
+    takes vectors, they are some of the pixels."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
+        clip = batch["clip"]
+        more = self.trainer.lightning_module.tower.in_channels - clip.shape[-3]
+        if more:
+            batch = {**batch, "clip": torch.cat([clip, (clip - clip.roll(1, -4))[..., :more, :, :]], dim=-3)}
+        takes = self.trainer.lightning_module.model.takes_beside
+        return {**batch, **{name: clip.flatten(1)[:, :length] for name, length in takes.items()}}
 
 
 class Record(pl.Callback):
@@ -41,6 +55,8 @@ class Record(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         with open(Path(self.out) / f"losses-{trainer.global_rank}.txt", "a") as file:
             file.write(f"{trainer.global_step} {outputs['loss'].double().item().hex()}\n")
+        with open(Path(self.out) / f"logged-{trainer.global_rank}.txt", "a") as file:
+            file.write(f"{trainer.callback_metrics['loss'].item()}\n")
 
 
 def run(
@@ -64,6 +80,9 @@ def run(
     data_options=None,
     callbacks=(),
     grafts=(),
+    balance=False,
+    compiled=False,
+    chunk_size=None,
     **trainer_options,
 ):
     """masked, mixed: draw random masks, and mix clips, which a resumed run must do again just so."""
@@ -75,11 +94,12 @@ def run(
         objectives["image"] = Distillation(0.5, tokens=0.5, mask_ratio=0.5)
     if mixed:
         objectives["classes"] = Classification("text")
+    if balance:
+        objectives["balance"] = BalanceExperts()
     how_tuned = Tuning(lr=1e-4, warmup=2, schedule=schedule, freeze="logit_scale")  # FSDP2 cannot train a scalar
-    module = VideoTraining(
-        VideoConfig("nano_clip", num_frames=2, grafts=tuple(grafts)), WeightedSum(objectives), how_tuned
-    )
-    videos = VideoData(
+    video = VideoConfig("nano_clip", num_frames=2, grafts=tuple(grafts))
+    module = VideoTraining(video, WeightedSum(objectives), how_tuned, chunk_size=chunk_size, compile=compiled)
+    videos = Videos(
         f"{data}/train.csv",
         (f"{data}/val.csv" if val is True else val) or None,
         num_frames=2,
@@ -138,7 +158,7 @@ def training(objective=None, how=None, **options):
 def fit(module, folder, callbacks=(), data=None, ckpt_path=None, **options):
     """Train in this process: an epoch of three steps on 24 videos."""
     given = dict(train_list=f"{folder}/train.csv", val_list=f"{folder}/val.csv", num_frames=2, batch_size=8)
-    videos = VideoData(**{**given, "num_workers": 0, "flip": False, "spec": module.input_spec(), **(data or {})})
+    videos = Videos(**{**given, "num_workers": 0, "flip": False, "spec": module.input_spec(), **(data or {})})
     few = dict(devices=1, enable_checkpointing=False, num_sanity_val_steps=0, max_epochs=1, callbacks=list(callbacks))
     trainer = pl.Trainer(**{**QUIET, **few, **options})
     trainer.fit(module, datamodule=videos, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,8 @@ from img2vid.weights.index import bytes_of
 
 log = logging.getLogger("img2vid")  # commands show it
 _unannounced: ContextVar[bool] = ContextVar("_unannounced", default=False)
+_to_be_loaded: ContextVar[bool] = ContextVar("_to_be_loaded", default=False)
+_one_at_a_time = threading.RLock()  # of the threads that change how modules take parameters
 
 
 @contextmanager
@@ -28,6 +31,44 @@ def unannounced() -> Iterator[None]:
         yield
     finally:
         _unannounced.reset(token)
+
+
+@contextmanager
+def to_be_loaded() -> Iterator[None]:
+    """Inside, models are built all of whose weights will be loaded: by whoever can (timm) ``without_numbers``."""
+    token = _to_be_loaded.set(True)
+    try:
+        yield
+    finally:
+        _to_be_loaded.reset(token)
+
+
+def will_be_loaded() -> bool:
+    return _to_be_loaded.get()
+
+
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Parameters are made on torch's meta device, all else as ever: for a model that gets its weights from a file.
+
+    Random ones would take most of the time that loading takes, and as much memory as the file's.
+    """
+    twins: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # what is shared stays shared
+
+    def register_twin(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if threading.get_ident() == thread and type(parameter) is nn.Parameter and not parameter.is_meta:
+            if id(parameter) not in twins:
+                twins[id(parameter)] = parameter, nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            parameter = twins[id(parameter)][1]
+        register(module, name, parameter)
+
+    with _one_at_a_time:
+        register, thread = nn.Module.register_parameter, threading.get_ident()
+        nn.Module.register_parameter = register_twin  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from img2vid.backbones.hub import ONLINE, fetching
 from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.open_clip_weights import load_file
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
+from img2vid.backbones.widening import set_heads
 from img2vid.config import shown
 from img2vid.errors import BackboneError, WeightsError, nearest
 from img2vid.temporal.embeddings import resample_pos_embed
@@ -67,7 +68,8 @@ def load_open_clip(
         weights: local file instead of the tag's weights; every key is accounted for.
         random_weights: no weights at all.
         image_size: pixels (height, width); position embeddings are resampled.
-        arguments: further keyword arguments of ``open_clip.create_model``.
+        arguments: further keyword arguments of ``open_clip.create_model``; and ``norm_eps``, ``activation`` and
+            ``heads`` as ``load_timm`` takes them, the last for the image tower.
     """
     check_known(name)
     if weights is None and not random_weights and name.scheme == "local-dir:":
@@ -80,7 +82,7 @@ def load_open_clip(
         )
     described = dict(arguments or {})
     arguments = {**tag_arguments(name), **described}
-    norm_eps, activation = arguments.pop("norm_eps", None), arguments.pop("activation", None)
+    norm_eps, activation, heads = (arguments.pop(name, None) for name in ("norm_eps", "activation", "heads"))
     fetch_text_config(name)
     with building(str(name), described):
         skeleton = vision_skeleton(name, arguments)
@@ -107,6 +109,7 @@ def load_open_clip(
         report, learned = load_file(model, describe_open_clip(model.visual), weights)
         described.update(learned)
         source = f"the file {Path(weights).name}"
+    set_heads(describe_open_clip(model.visual), heads)
     return Backbone(model.eval(), describe_open_clip(model.visual), str(name), described, source, report)
 
 
@@ -193,6 +196,7 @@ def tag_arguments(name: BackboneName) -> dict[str, Any]:
 def vision_skeleton(name: BackboneName, arguments: dict[str, Any]) -> nn.Module:
     """The image tower alone, without numbers: quick, and free of text towers that need a download to be built."""
     config = copy.deepcopy(get_model_config(name.architecture))
+    config["vision_cfg"] = arguments.get("vision_cfg", config["vision_cfg"])
     with torch.device("meta"), quiet_open_clip():
         return _build_vision_tower(
             config["embed_dim"],

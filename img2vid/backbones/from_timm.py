@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import nn
 
 from img2vid.backbones.activations import set_activation
 from img2vid.backbones.any_size import set_cait_size
-from img2vid.backbones.building import building, say_loading, set_norm_eps
+from img2vid.backbones.building import building, say_loading, set_norm_eps, will_be_loaded, without_numbers
 from img2vid.backbones.hub import fetching
 from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
 from img2vid.backbones.timm_weights import load_file
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
+from img2vid.backbones.widening import set_heads
 from img2vid.config import shown
 from img2vid.errors import BackboneError, nearest
 from img2vid.weights.accounting import LoadReport
@@ -59,14 +61,15 @@ def load_timm(
             ``arguments["img_size"]``.
         random_weights: no weights at all.
         image_size: pixels (height, width); position embeddings are resampled.
-        arguments: further keyword arguments of ``timm.create_model``, such as ``drop_path_rate``; and ``norm_eps``
-            and ``activation``, which weights can need and the factory does not take.
+        arguments: further keyword arguments of ``timm.create_model``, such as ``drop_path_rate``; ``norm_eps`` and
+            ``activation``, which weights can need and the factory does not take; and ``heads``, more attention heads
+            than those (``img2vid.backbones.widening``).
     """
     check_known(name)
     arguments = dict(arguments or {})
     full_name = name.architecture + (f".{name.tag}" if name.tag else "")
     described = dict(arguments)
-    norm_eps, activation = arguments.pop("norm_eps", None), arguments.pop("activation", None)
+    norm_eps, activation, heads = (arguments.pop(name, None) for name in ("norm_eps", "activation", "heads"))
     with building(str(name), described):
         arguments, model = with_any_size(full_name, {"num_classes": 0, **arguments})
     tower = describe_timm(model)  # refuse before downloading anything
@@ -89,7 +92,10 @@ def load_timm(
         set_image_size(model, image_size)
     else:
         if device != "meta":
-            with building(str(name), described), torch.device(device):
+            # some tables are resized by way of their numbers, so those are needed where sizes change
+            is_empty = (weights is not None or will_be_loaded()) and image_size is None
+            numbers = without_numbers() if is_empty else nullcontext()
+            with building(str(name), described), torch.device(device), numbers:
                 model = timm.create_model(full_name, pretrained=False, **arguments)
         source = None
         set_norm_eps(model, norm_eps)
@@ -107,6 +113,7 @@ def load_timm(
             if new != size_of_file:
                 sizes = " to ".join(f"{height} x {width}" for height, width in (size_of_file, new))
                 report.resampled.append(f"positions (images of {sizes} pixels)")
+    set_heads(describe_timm(model), heads)
     return Backbone(model.eval(), describe_timm(model), str(name), described, source, report)
 
 

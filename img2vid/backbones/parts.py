@@ -42,9 +42,9 @@ def sublayers(block: nn.Module) -> list[tuple[str, str, nn.Module]]:
 
     Empty where both are one module with the block itself.
     """
-    found = []
+    found: list[tuple[str, str, nn.Module]] = []
     for name, module in block.named_modules():
-        if not name or is_ours(name):
+        if not name or is_ours(name) or is_of_position(name):
             continue
         if row(ATTENTIONS, module) is not None:
             found.append(("attn", name, module))
@@ -56,6 +56,11 @@ def sublayers(block: nn.Module) -> list[tuple[str, str, nn.Module]]:
 def is_ours(name: str) -> bool:
     """Whether a path below a block leads to what img2vid has put there."""
     return name.startswith("temporal_") or "graft_" in f".{name}"
+
+
+def is_of_position(name: str) -> bool:
+    """Whether it makes a relative position bias, of which some attentions have a small MLP of their own."""
+    return ".rel_pos." in name
 
 
 def linear_maps(tower: ImageTower) -> list[list[LinearMap]]:
@@ -71,7 +76,7 @@ def maps_of_block(path: str, block: nn.Module) -> Iterator[LinearMap]:
     }
     dim = read_block(block).dim
     for name, module in block.named_modules():
-        if "graft_" in f".{name}":
+        if "graft_" in f".{name}" or is_of_position(name):
             continue
         inside = [a for a in attentions if name == a or name.startswith(f"{a}." if a else "")]
         holder = attentions[max(inside, key=len)] if inside else None

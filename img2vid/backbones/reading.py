@@ -28,7 +28,10 @@ def identity_as_none(module: nn.Module | None) -> nn.Module | None:
 
 def separate_bias(attn: nn.Module) -> Tensor | None:
     """EVA and BEiT keep biases for queries and values only; the one for keys is a buffer of zeros."""
-    return None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    if attn.q_bias is None:
+        return None
+    # a buffer is no parameter, so it can have numbers where those are still to be loaded
+    return torch.cat([attn.q_bias, attn.k_bias.to(attn.q_bias.device), attn.v_bias])
 
 
 def fused(attn: nn.Module) -> dict[str, Any]:

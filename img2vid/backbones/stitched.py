@@ -188,15 +188,21 @@ def check_part(part: Part, tower: ImageTower, frame: ImageTower) -> None:
     name, depth = part.backbone, len(tower.blocks)
     if part.layers[1] > depth:
         raise BackboneError(f"layers={list(part.layers)} of {name}: it has {depth} blocks, 0 to {depth - 1}.")
-    if (tower.num_prefix_tokens, tower.grid) != (frame.num_prefix_tokens, frame.grid):
+    if tower.num_prefix_tokens != frame.num_prefix_tokens:
         raise BackboneError(
-            f"{name} has {tower.num_prefix_tokens} prefix tokens and {tower.grid[0]} x {tower.grid[1]} patches, the "
-            f"first part's {frame.num_prefix_tokens} and {frame.grid[0]} x {frame.grid[1]}: tokens must be as many. "
-            "Give an image_size that both can take, or architectures alike in this."
+            f"{name} has {tower.num_prefix_tokens} prefix tokens (class, registers) in its blocks, the first part's "
+            f"model {frame.num_prefix_tokens}: nothing says what those that one of them lacks should be. Choose "
+            "architectures alike in this."
         )
     own, theirs = tower.blocks[0][1], frame.blocks[0][1]
     kinds = [block_kind(block) for block in (own, theirs)]
     told_positions = any(kind.rotary or kind.relative for kind in kinds)
+    if told_positions and tower.grid != frame.grid:
+        raise BackboneError(
+            f"{name} has {tower.grid[0]} x {tower.grid[1]} patches, the first part's {frame.grid[0]} x {frame.grid[1]}:"
+            " blocks that are told positions (rotary, relative) are told those of one grid. Give an image_size that "
+            "makes them alike; other blocks take any grid."
+        )
     of_transformers = any(own_class(block).__module__.startswith("transformers.") for block in (own, theirs))
     if (told_positions or of_transformers) and own_class(own) is not own_class(theirs):
         raise BackboneError(

@@ -91,6 +91,12 @@ def export_image(model: VideoModel | VideoTextModel, path: Path) -> list[str]:
         )
     if video.config.attention == "divided_space_time" and video.config.gate == "none":
         raise WeightsError("This model has no gates, so the image model inside it is another function.")
+    if video.config.backbone_args.get("heads"):
+        raise WeightsError(
+            "This model has heads that were added to what its library builds (heads="
+            f"{video.config.backbone_args['heads']}), so nothing there could load such a file. Share the model folder, "
+            "or export a program: --format onnx, torch-export or torchscript."
+        )
     state = {key: tensor for key, tensor in model.state_dict().items() if model.origin(key) == "pretrained"}
     write_file(path, lambda file: save_file(separate(state), file, metadata={"format": "pt"}))
     return []

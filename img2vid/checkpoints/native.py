@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from img2vid._version import __version__
 from img2vid.backbones import describe, wrap_module
+from img2vid.backbones.building import to_be_loaded
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.description import check_description, check_structure, structure
 from img2vid.checkpoints.folders import LEFTOVER, replacing
@@ -178,7 +180,15 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
     Raises:
         WeightsError: not a folder of ours, or keys that are missing, unexpected or misshapen.
     """
-    folder = Path(folder)
+    model = load_built(Path(folder), image_model, to_be_loaded)
+    if image_model is None and any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return load_built(Path(folder), image_model, nullcontext)  # some of it is in no file
+    return model
+
+
+def load_built(
+    folder: Path, image_model: nn.Module | None, building: Callable[[], AbstractContextManager[None]]
+) -> VideoModel | VideoTextModel:
     described = read_description(folder)
     config = VideoConfig.from_dict(described["video"])
     if image_model is None and config.backbone is None:
@@ -187,7 +197,11 @@ def load(folder: str | Path, *, image_model: nn.Module | None = None) -> VideoMo
             f"and give it: img2vid.load({str(folder)!r}, image_model=module)."
         )
     try:
-        backbone = wrap_module(image_model, config.image_size) if image_model is not None else build_backbone(config)
+        if image_model is not None:
+            backbone = wrap_module(image_model, config.image_size)
+        else:
+            with building():
+                backbone = build_backbone(config)
         backbone.model.to(getattr(torch, described["dtype"]))
         model = build_model(backbone, config)
         video = model.visual if isinstance(model, VideoTextModel) else model

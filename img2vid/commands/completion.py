@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -45,4 +46,14 @@ def add_commands(parser: argparse.ArgumentParser, commands: dict[str, tuple]) ->
             add_commands(words.add_parser(name, help=what), module)
         else:
             of_command = importlib.import_module(module).make_parser()
+            complete_files(of_command)
             words.add_parser(name, help=what, parents=[of_command], add_help=False)
+
+
+def complete_files(parser: argparse.ArgumentParser) -> None:
+    """Where any word goes, the name of a file does."""
+    import shtab
+
+    for action in parser._actions:
+        if action.type in (None, Path) and action.choices is None and action.nargs != 0:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from img2vid.command import Progress
 from img2vid.config import ConfigError
 from img2vid.options import add_certificate_options, add_graft_option, check_options
+
+if TYPE_CHECKING:
+    from img2vid.model import VideoModel, VideoTextModel
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,10 +26,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="show the types there are, and exit")
     add_graft_option(parser)
     parser.add_argument("--adapter", metavar="FOLDER", help="a LoRA in peft's format to put on")
-    parser.add_argument("--fold", nargs="*", metavar="NAME", help="write grafts into the model's own weights (all)")
+    parser.add_argument(
+        "--fold",
+        nargs="*",
+        metavar="NAME",
+        help="write grafts into the model's own weights, also what --adapter has put on (all)",
+    )
     parser.add_argument("--remove", nargs="*", metavar="NAME", help="take grafts off (all)")
     parser.add_argument("--out", metavar="FOLDER", help="where to write the model")
     parser.add_argument("--adapter-out", metavar="FOLDER", help="write its LoRA in peft's format, alone")
+    parser.add_argument("--adapter-name", metavar="NAME", help="of the LoRA put on (lora), or written, of several")
     parser.add_argument(
         "--adapter-out-proj",
         choices=("once", "twice"),
@@ -59,17 +69,18 @@ def main(argv: Sequence[str]) -> int:
     with progress.stage(f"Loading {given.folder}"):
         model = load(given.folder)
     if given.remove is not None:
-        remove(model, given.remove or None)
-    if given.fold is not None:
-        fold(model, given.fold or None)
+        remove(need_grafts(model), given.remove or None)
+    if given.adapter is not None:
+        load_adapter(model, given.adapter, given.adapter_name or "lora", given.adapter_out_proj)
+    if given.fold is not None:  # an adapter just read, too
+        fold(need_grafts(model), given.fold or None)
     if grafts:
         graft(model, grafts)
-    if given.adapter is not None:
-        load_adapter(model, given.adapter, out_proj=given.adapter_out_proj)
     for one in tower_of(model).grafts:
-        progress.say(f"{one.name}: {num_parameters(tower_of(model), one.name):,} parameters, {one.identity} at start.")
+        count = num_parameters(tower_of(model), one.name)
+        progress.say(f"{one.name}: {count:,} parameters. Kept of the function at the start: {one.guarantee().summary}.")
     if given.adapter_out is not None:
-        save_adapter(model, given.adapter_out, out_proj=given.adapter_out_proj)
+        save_adapter(model, given.adapter_out, given.adapter_name, given.adapter_out_proj)
         progress.say(
             f"Wrote {given.adapter_out}. Read it with PeftModel.from_pretrained(model, {given.adapter_out!r})."
         )
@@ -83,6 +94,15 @@ def main(argv: Sequence[str]) -> int:
         save(model, given.out, certificate)
     progress.say(f"Wrote {given.out}. Load it with img2vid.load({given.out!r}).")
     return 0 if certificate.ok else 1
+
+
+def need_grafts(model: VideoModel | VideoTextModel) -> VideoModel | VideoTextModel:
+    from img2vid.grafts import GraftError
+    from img2vid.grafts.grafting import tower_of
+
+    if not tower_of(model).grafts:
+        raise GraftError("This model has no grafts to fold or to take off.")
+    return model
 
 
 def check(given: argparse.Namespace, has_grafts: bool) -> None:

@@ -14,14 +14,15 @@ from img2vid.options import add_certificate_options, check_options, whole
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="img2vid grow",
-        description="Make a saved model of a timm backbone deeper or wider; it stays the same function (Net2Net).",
-        epilog="example: img2vid grow runs/vit_base --depth 16 --mlp-ratio 6 --out runs/vit_larger",
+        description="Make a saved model of timm or open_clip deeper or wider; it stays the same function (Net2Net).",
+        epilog="example: img2vid grow runs/vit_base --depth 16 --mlp-ratio 6 --heads 16 --out runs/vit_larger",
         allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="FOLDER", help="model folder")
     parser.add_argument("--depth", type=whole, metavar="N", help="blocks, at least as many as it has")
     parser.add_argument("--mlp-ratio", type=float, metavar="R", help="hidden width of MLPs by the width of tokens")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of which hidden units are repeated")
+    parser.add_argument("--heads", type=whole, metavar="N", help="attention heads, each as wide as those it has")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of which units and heads are repeated")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="where to write the model")
     add_certificate_options(parser)
     return parser
@@ -30,8 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     given = make_parser().parse_args(argv)
     check_options(vars(given))
-    if given.depth is None and given.mlp_ratio is None:
-        raise ConfigError("Nothing to grow: give --depth, --mlp-ratio, or both.")
+    if given.depth is None and given.mlp_ratio is None and given.heads is None:
+        raise ConfigError("Nothing to grow: give --depth, --mlp-ratio, --heads, or several of them.")
     from img2vid.certificate import certify
     from img2vid.checkpoints.native import check_replaceable, load, save
     from img2vid.growing import grow
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     check_replaceable(Path(given.out))
     progress = Progress()
     with progress.stage(f"Growing {given.folder}"):
-        grown, growth = grow(load(given.folder), given.depth, given.mlp_ratio, given.seed)
+        grown, growth = grow(load(given.folder), given.depth, given.mlp_ratio, given.heads, given.seed)
     progress.say(f"{growth}.")
     with progress.stage("Certifying"):
         certificate = certify(grown, num_frames=given.certify_frames, image_size=given.certify_size)

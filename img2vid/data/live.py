@@ -11,11 +11,13 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from img2vid.data.errors import VideoError
+from img2vid.data.errors import DamagedVideoWarning, VideoError
 from img2vid.data.reading import open_video
 
 if TYPE_CHECKING:
@@ -24,16 +26,20 @@ if TYPE_CHECKING:
 Timed = tuple["float | None", "np.ndarray"]  # seconds since the first frame, None without a clock; (H, W, 3)
 # platform -> FFmpeg's input device, and what it calls camera number n
 CAMERAS = {"linux": ("v4l2", "/dev/video{n}"), "darwin": ("avfoundation", "{n}")}
+ROUNDED = 0.0006  # seconds by which a time may be wrong: some containers keep whole milliseconds
+LATE = 0.25  # seconds that a camera's frame may have been waiting
+MOST_WAITING = 256  # of its frames, which FFmpeg keeps for whoever is slow
 
 
 def watch(source: str | os.PathLike, target_fps: float | None = None, on_error: str = "raise") -> Iterator[Timed]:
     """Frames with their times, in order.
 
     Args:
-        source: a path; or the number of a camera, where no file is called that.
+        source: a path; or the number of a camera, where no file is called that. Of a camera, frames are passed over
+            that had to wait: whoever is slower than it sees what is there now, not what was there some time ago.
         target_fps: frames per second: the first one after each such part of a second, the others are passed over. None
             for all of them, as for a folder of frames, which has no clock.
-        on_error: of damaged packets, ``raise`` or ``conceal``.
+        on_error: of damaged packets, ``raise`` or ``conceal``, which counts them in a ``DamagedVideoWarning``.
 
     Raises:
         VideoError: there is no such camera, or no readable video.
@@ -51,7 +57,7 @@ def at_rate(frames: Iterator[Timed], target_fps: float | None) -> Iterator[Timed
     with closing(frames):
         for seconds, frame in frames:
             if seconds is not None and target_fps is not None:
-                part = int(seconds * target_fps + 1e-6)
+                part = int((seconds + ROUNDED) * target_fps)
                 if part <= passed:
                     continue
                 passed = part
@@ -60,10 +66,13 @@ def at_rate(frames: Iterator[Timed], target_fps: float | None) -> Iterator[Timed
 
 def file_frames(path: str, on_error: str) -> Iterator[Timed]:
     with open_video(path, on_error=on_error) as reader:
-        fps = reader.fps
-        with closing(reader.stream_frames(0, sys.maxsize)) as frames:
-            for number, frame in enumerate(frames):
-                yield None if fps is None else float(number / fps), frame
+        try:
+            with closing(reader.timed_frames()) as frames:
+                yield from frames
+        finally:
+            if reader.damaged and on_error == "conceal":
+                text = f"{reader.label}: {reader.damaged} damaged packets, concealed or missing; frames may be wrong"
+                warnings.warn(text, DamagedVideoWarning, stacklevel=2)
 
 
 def camera_frames(number: int) -> Iterator[Timed]:
@@ -85,6 +94,25 @@ def camera_frames(number: int) -> Iterator[Timed]:
         ) from error
     with container:
         first = None
-        for frame in container.decode(video=0):
-            first = frame.time if first is None else first
-            yield None if frame.time is None else frame.time - first, frame.to_ndarray(format="rgb24")
+        try:
+            for frame in fresh(container.decode(video=0), time.monotonic):
+                first = frame.time if first is None else first
+                yield None if frame.time is None else frame.time - first, frame.to_ndarray(format="rgb24")
+        except av.error.FFmpegError as error:
+            raise VideoError(f"Camera {number} ({device} {name}) stopped: {error.strerror or error}.") from error
+
+
+def fresh(frames: Iterator[Any], clock: Callable[[], float]) -> Iterator[Any]:
+    """Those of a camera's frames that have not been waiting. How long one has is measured against the promptest."""
+    promptest, passed = None, 0
+    for frame in frames:
+        if frame.time is not None:
+            delay = clock() - frame.time
+            promptest = delay if promptest is None else min(promptest, delay)
+            if delay > promptest + LATE:
+                if passed < MOST_WAITING:
+                    passed += 1
+                    continue
+                promptest = delay  # none can be waiting any more: it is the clocks that disagree
+        passed = 0
+        yield frame

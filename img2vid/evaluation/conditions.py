@@ -72,9 +72,10 @@ def video_part(model: VideoModel | VideoTextModel) -> VideoModel:
 
 
 def has_gates(model: VideoModel | VideoTextModel) -> bool:
-    """Whether closing gates gives the image model; with ``gate: none`` there is nothing to close."""
+    """Whether closing gates gives the image model: not with ``gate: none``, nor with grafts that have no gate."""
     config = model.config
-    return not (config.attention == "divided_space_time" and config.gate == "none")
+    is_open = config.attention == "divided_space_time" and config.gate == "none"
+    return not is_open and all(graft.guarantee().strength for graft in video_part(model).grafts)
 
 
 @torch.no_grad()

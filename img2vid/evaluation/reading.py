@@ -98,6 +98,12 @@ def input_spec(model) -> InputSpec:
             f"This model takes frames of {height} x {width} pixels; evaluation cuts squares. "
             f"Convert with image_size=({height}, {height})."
         )
+    more = [one.name for one in video_part(model).grafts if hasattr(one, "more")]
+    if more:
+        raise EvaluationError(
+            f"This model takes {tower.in_channels} channels, and videos hold 3, nothing for {', '.join(more)}. "
+            f"img2vid graft FOLDER --remove {' '.join(more)} --out FOLDER goes without."
+        )
     pixels = tower.preprocess
     try:
         return InputSpec(height, tuple(pixels.mean), tuple(pixels.std), pixels.interpolation)

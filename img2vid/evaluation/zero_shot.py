@@ -97,7 +97,7 @@ def zero_shot(
     }
     if "frame_mean" not in conditions:
         result["protocol"]["frame_mean"] = (
-            "left out" if not baseline else "this model has no gates that could be closed"
+            "left out" if not baseline else "this model has no gates whose closing gives the image model"
         )
     result["metrics"] = {}
     for name in conditions:

@@ -11,6 +11,7 @@ from img2vid.grafts import (  # noqa: F401 (they register their types)
     fusion,
     lora,
     prompts,
+    vector,
 )
 from img2vid.grafts.base import GRAFTS, Graft, GraftError, Site, read_graft, read_grafts, register
 from img2vid.grafts.fronts import TokenScion, WeightScion

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from img2vid.backbones.parts import sublayers
 from img2vid.backbones.reading import read_block
-from img2vid.config import block_numbers, layer_rule, one_of, real_number, whole_number
-from img2vid.grafts.base import Graft, GraftError, Site, register
+from img2vid.config import ConfigError, block_numbers, layer_rule, one_of, shown, whole_number
+from img2vid.grafts.base import Graft, GraftError, Site, factor, register
 from img2vid.grafts.fronts import TokenScion, listening
 from img2vid.proof.guarantees import Guarantee
 
@@ -104,14 +104,17 @@ class Adapter(Graft):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole_number("bottleneck", self.bottleneck)
-        object.__setattr__(self, "at", (self.at,) if isinstance(self.at, str) else tuple(self.at))
+        at = (self.at,) if isinstance(self.at, str) else self.at
+        if not isinstance(at, (tuple, list)) or not at:
+            raise ConfigError(f"at={shown(self.at)}: expected attn, mlp or both.")
+        object.__setattr__(self, "at", tuple(at))
         for one in self.at:
             one_of("each of at", one, ("attn", "mlp"))
         one_of("form", self.form, ("behind", "beside"))
         one_of("activation", self.activation, tuple(ACTIVATIONS))
         one_of("init", self.init, ("zeros", "near"))
-        object.__setattr__(self, "scale", real_number("scale", self.scale, least=0.0))
-        object.__setattr__(self, "near", real_number("near", self.near, least=0.0))
+        object.__setattr__(self, "scale", factor("scale", self.scale))
+        object.__setattr__(self, "near", factor("near", self.near))
         object.__setattr__(self, "layers", layer_rule(self.layers, "layers"))
 
     def sites(self, video: VideoModel) -> list[Site]:

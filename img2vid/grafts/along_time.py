@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from img2vid.backbones.reading import read_block
-from img2vid.config import ConfigError, block_numbers, layer_rule, one_of, real_number, shown, whole_number
+from img2vid.config import ConfigError, block_numbers, layer_rule, one_of, shown, whole_number
 from img2vid.grafts.adapters import ACTIVATIONS, Behind, Beside, Bottleneck, sublayer_sites
-from img2vid.grafts.base import Graft, GraftError, Site, register
+from img2vid.grafts.base import Graft, GraftError, Site, factor, register
 from img2vid.grafts.fronts import Grafted, TokenScion
 from img2vid.surgery import num_shared_tokens
 from img2vid.temporal.attention import attend
@@ -101,8 +101,8 @@ class AIM(Graft):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "ratio", real_number("ratio", self.ratio, least=1e-6))
-        object.__setattr__(self, "scale", real_number("scale", self.scale, least=0.0))
+        object.__setattr__(self, "ratio", factor("ratio", self.ratio))
+        object.__setattr__(self, "scale", factor("scale", self.scale))
         one_of("activation", self.activation, tuple(ACTIVATIONS))
         object.__setattr__(self, "layers", layer_rule(self.layers, "layers"))
 
@@ -185,7 +185,7 @@ class STAdapter(Graft):
     gate = "zero_conv or zero_up; zero_bias"
     identity = "bit for bit"
     folds = "no: it looks at other frames"
-    mixes_frames = True
+    mixes_frames = counts_patches = True
 
     bottleneck: int = 384
     kernel: tuple[int, int, int] = field(default=(3, 1, 1))

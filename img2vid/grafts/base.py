@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from img2vid.config import ConfigError, shown
+from img2vid.config import ConfigError, real_number, shown
 from img2vid.errors import Img2VidError, nearest
 from img2vid.proof.guarantees import KINDS, Guarantee
 from img2vid.temporal.infront import InFront
@@ -63,12 +63,14 @@ class Graft:
     mixes_frames: ClassVar[bool] = False  # whether frames of a clip learn of each other through it
     attends: ClassVar[bool] = False  # whether tokens attend to more through it than the model's own attention says
     keeps_length: ClassVar[bool] = True  # whether features stay as long as they are, and where texts are
+    leaves_tokens: ClassVar[bool] = False  # whether tokens of its own stay among the patches from block to block
+    counts_patches: ClassVar[bool] = False  # whether it must know which token is which patch
 
     name: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.type)
-        if not re.fullmatch(r"(?!fc$)[A-Za-z]\w*", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"(?!fc$)[A-Za-z]\w*", self.name):
             raise ConfigError(f"name={shown(self.name)} of a graft: expected a word, such as {self.type}_2.")
 
     def sites(self, video: VideoModel) -> list[Site]:
@@ -90,7 +92,11 @@ class Graft:
         """What else changes in a model once it is in; ``uprooted`` changes it back."""
 
     def uprooted(self, video: VideoModel) -> None:
-        """Called when all of it has been taken off."""
+        """Called when all of it has been taken off, while it still is among ``video.grafts``."""
+
+    def takes_beside(self) -> dict[str, int]:
+        """Vectors it wants beside clips: the name and length of each (``img2vid.beside``)."""
+        return {}
 
     def fetch(self, video: VideoModel) -> None:
         """Load what it needs from elsewhere, such as another model's weights; not asked of a model that was saved."""
@@ -103,6 +109,13 @@ class Graft:
         """As YAML and ``config.json`` have it: ``type``, and every option."""
         options = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
         return {"type": self.type, **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}}
+
+
+def factor(name: str, value: object) -> float:
+    """``value`` as a number above 0: what is multiplied by 0 for good never learns."""
+    if not (number := real_number(name, value, least=0.0)):
+        raise ConfigError(f"{name}={shown(value)}: expected a number above 0, or nothing behind it would ever learn.")
+    return number
 
 
 GRAFTS: dict[str, type[Graft]] = {}

@@ -6,6 +6,7 @@ convolution at the very entrance): conv(rgb) + zero_conv(more). The image weight
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,15 +24,18 @@ if TYPE_CHECKING:
 
 
 class KnownChannels(TokenScion):
-    """Around the patch projection: of frames (B*T, K * (C + E), H, W), K a tubelet, it gets the C channels it knows."""
+    """Around the patch projection: of frames (B*T, K * (C + E), H, W), K a tubelet, it gets the C channels it knows.
 
-    def __init__(self, known: int, tubelet_size: int) -> None:
+    What is new comes last, so none of several needs to know how many channels the others have brought.
+    """
+
+    def __init__(self, more: int, tubelet_size: int) -> None:
         super().__init__()
-        self.known, self.tubelet_size = known, tubelet_size
+        self.more, self.tubelet_size = more, tubelet_size
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         frames = x.unflatten(1, (self.tubelet_size, -1))
-        known, more = frames[:, :, : self.known], frames[:, :, self.known :]
+        known, more = frames[:, :, : -self.more], frames[:, :, -self.more :]
         return known.flatten(1, 2).contiguous(), more.flatten(1, 2).contiguous()
 
     def before(self, x: Tensor, host: nn.Module) -> Tensor:
@@ -41,8 +45,8 @@ class KnownChannels(TokenScion):
 class MoreChannels(KnownChannels):
     """What the others give is added to what comes out."""
 
-    def __init__(self, conv: nn.Conv2d, known: int, more: int, tubelet_size: int) -> None:
-        super().__init__(known, tubelet_size)
+    def __init__(self, conv: nn.Conv2d, more: int, tubelet_size: int) -> None:
+        super().__init__(more, tubelet_size)
         self.zero_weight = nn.Parameter(torch.zeros(conv.out_channels, tubelet_size * more, *conv.kernel_size))
 
     def after(self, y: Tensor, x: Tensor, host: nn.Module) -> Tensor:
@@ -77,7 +81,9 @@ class Channels(Graft):
         for name in ("mean", "std"):
             value = getattr(self, name)
             values = value if isinstance(value, (tuple, list)) else (value,) * self.more
-            is_right = all(isinstance(v, (int, float)) and (name == "mean" or v > 0) for v in values)
+            is_right = all(
+                isinstance(v, (int, float)) and math.isfinite(v) and (name == "mean" or v > 0) for v in values
+            )
             if len(values) != self.more or not is_right:
                 raise ConfigError(f"{name}={shown(value)}: expected one number, or {self.more}, for channels more.")
             object.__setattr__(self, name, tuple(float(v) for v in values))
@@ -92,7 +98,7 @@ class Channels(Graft):
         return [Site(next(path for path, module in video.named_modules() if module is conv), conv, Grafted)]
 
     def grow(self, video: VideoModel, site: Site) -> MoreChannels:
-        return MoreChannels(site.host, video.tower.in_channels, self.more, video.config.tubelet_size)
+        return MoreChannels(site.host, self.more, video.config.tubelet_size)
 
     def planted(self, video: VideoModel) -> None:
         pixels = video.tower.preprocess
@@ -101,9 +107,11 @@ class Channels(Graft):
         self.expect(video, self.more)
 
     def uprooted(self, video: VideoModel) -> None:
-        pixels, kept = video.tower.preprocess, video.tower.in_channels - self.more
-        video.tower.in_channels = kept
-        video.tower.preprocess = Preprocess(pixels.mean[:kept], pixels.std[:kept], pixels.interpolation)
+        pixels, others = video.tower.preprocess, [one for one in video.grafts if isinstance(one, Channels)]
+        end = video.tower.in_channels - sum(one.more for one in others[others.index(self) + 1 :])
+        mean, std = (v[: end - self.more] + v[end:] for v in (pixels.mean, pixels.std))
+        video.tower.in_channels -= self.more
+        video.tower.preprocess = Preprocess(mean, std, pixels.interpolation)
         self.expect(video, -self.more)
 
     def expect(self, video: VideoModel, more: int) -> None:

@@ -49,8 +49,8 @@ class Stem(KnownChannels):
 
     depth = 1  # what it makes passes zero_out of the copies
 
-    def __init__(self, conv: nn.Conv2d, known: int, more: int, tubelet_size: int, hint: Hint) -> None:
-        super().__init__(known, tubelet_size)
+    def __init__(self, conv: nn.Conv2d, more: int, tubelet_size: int, hint: Hint) -> None:
+        super().__init__(more, tubelet_size)
         self.stem = nn.Conv2d(tubelet_size * more, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
         self.zero_in = zero_linear(conv.out_channels, conv.out_channels)
         self.hint = hint
@@ -96,6 +96,7 @@ class Controlled(InFront):
     """In front of a block: tokens of control come and go with its own, so that a block may be run twice."""
 
     title, serves = "Controlled", Copied
+    outermost = True  # for whatever else stands there, a block has the tokens it always had
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         for branch in scions(self, Copied):  # outside of forward, which checkpointing runs again
@@ -128,7 +129,7 @@ class Control(Channels):
     gate = "zero_out; behind it, zero_in"
     identity = "bit for bit, of the channels it had"
     folds = "no: it reads an input of its own"
-    attends = True
+    attends = counts_patches = True
 
     copies: int | None = None
 
@@ -157,7 +158,7 @@ class Control(Channels):
     def grow(self, video: VideoModel, site: Site) -> nn.Module:
         hint, tower = site.about["hint"], video.tower
         if site.front is Grafted:
-            return Stem(site.host, tower.in_channels, self.more, video.config.tubelet_size, hint)
+            return Stem(site.host, self.more, video.config.tubelet_size, hint)
         dim, shared = read_block(site.host).dim, num_shared_tokens(tower, video.config)
         block = image_copy(site.host, video)
         return Copied(block, dim, tower.num_prefix_tokens, shared, hint, site.about["ends"])

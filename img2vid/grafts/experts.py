@@ -36,9 +36,33 @@ if TYPE_CHECKING:
 
 
 class Balance:
-    """How unevenly a router spread the tokens of the last training step; no part of the model, so never copied."""
+    """Where a router sends the tokens of a step (``objectives.Step``); no part of the model, so never copied.
 
-    loss: Tensor | None = None
+    The step may run in several forwards (``chunk_size``): of each it takes sums, so together they are the whole. What a
+    forward notes is always the same, whether it is taken or not: checkpointing compares it with a second run.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self.latest: tuple[Tensor, Tensor] | None = None
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, shares: Tensor, chosen: Tensor) -> None:
+        """What the router says (n, E), and which experts are asked (n, k), in one forward."""
+        self.latest = shares.sum(dim=0), counted(chosen, shares)
+
+    def take(self) -> None:
+        """Count the latest forward as one of the step."""
+        if self.latest is not None:
+            self.parts.append(self.latest)
+            self.latest = None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """``balance_loss`` of all tokens noted; None where there are none."""
+        return uneven(*map(sum, zip(*self.parts, strict=True))) if self.parts else None
 
     def __deepcopy__(self, memo: dict) -> Balance:
         return Balance()
@@ -63,7 +87,7 @@ class Experts(nn.Module):
         shares = self.router(x).float().softmax(dim=-1)  # (..., N, E)
         top, chosen = shares.topk(self.top_k, dim=-1)  # (..., N, k)
         if self.training:
-            self.balance.loss = balance_loss(shares.flatten(0, -2), chosen.flatten(0, -2))
+            self.balance.note(shares.flatten(0, -2), chosen.flatten(0, -2))
         weights = (top / top.sum(dim=-1, keepdim=True)).to(x.dtype).unsqueeze(-1)  # (..., N, k, 1)
         # a program that is exported or compiled has one shape for whatever a router says
         is_dense = self.compute == "dense" or torch.compiler.is_compiling()
@@ -113,10 +137,18 @@ def balance_loss(shares: Tensor, chosen: Tensor) -> Tensor:
         shares: (n, E), what the router says.
         chosen: (n, k), which experts were asked.
     """
-    num_experts = shares.shape[1]
-    is_asked = chosen.flatten().unsqueeze(1) == torch.arange(num_experts, device=chosen.device)  # (n k, E)
-    asked = is_asked.to(shares.dtype).mean(dim=0)
-    return num_experts * (asked * shares.mean(dim=0)).sum()
+    return uneven(shares.sum(dim=0), counted(chosen, shares))
+
+
+def counted(chosen: Tensor, shares: Tensor) -> Tensor:
+    """How often each expert was asked, (n, k) -> (E,)."""
+    is_asked = chosen.flatten().unsqueeze(1) == torch.arange(shares.shape[1], device=chosen.device)  # (n k, E)
+    return is_asked.to(shares.dtype).sum(dim=0)
+
+
+def uneven(shares: Tensor, asked: Tensor) -> Tensor:
+    """``balance_loss`` of sums over tokens, both (E,)."""
+    return len(shares) * (asked / asked.sum() * (shares / shares.detach().sum())).sum()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from img2vid.grafts.base import Site
 from img2vid.temporal.clip import ClipContext
-from img2vid.temporal.infront import InFront, fronts_of, put_in_front, put_innermost, take_from_front
+from img2vid.temporal.infront import InFront, fronts_of, stand, take_from_front
 from img2vid.temporal.pooling import first
 from img2vid.temporal.prefix import with_first
 
@@ -23,7 +23,13 @@ PREFIX = "graft_"
 
 
 class TokenScion(nn.Module):
-    """A scion of a module that tokens go through, (B*T, P + N, D) in and out; it says one of the two."""
+    """A scion of a module that tokens go through, (B*T, P + N, D) in and out; it says one of the two.
+
+    ``adds_tokens``: the host gets more of them than the model knows of, which only the host should see: such a scion is
+    the closest to it, whatever was grafted first.
+    """
+
+    adds_tokens = False
 
     def before(self, x: Tensor, host: nn.Module) -> Tensor:
         """What the host gets instead of ``x``."""
@@ -57,7 +63,7 @@ class Grafted(InFront):
         by_name = "hidden_states" if not args else None  # as transformers calls its attentions
         x = kwargs[by_name] if by_name else args[0]
         around = []
-        for scion in reversed(list(scions(self, TokenScion))):
+        for scion in reversed(outwards(self)):
             around.append((scion, x))
             x = scion.before(x, self)
         out = super().forward(**{**kwargs, by_name: x}) if by_name else super().forward(x, *args[1:], **kwargs)
@@ -68,7 +74,7 @@ class Grafted(InFront):
 
     def followed(self, y: Tensor, x: Tensor) -> Tensor:
         """What scions make of some of the host's tokens ``y`` that were computed by themselves, from tokens ``x``."""
-        for scion in scions(self, TokenScion):
+        for scion in outwards(self):
             y = scion.after(y, x, self)
         return y
 
@@ -147,11 +153,17 @@ def scions(host: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[Any]:
     return (m for name, m in host._modules.items() if name.startswith(PREFIX) and isinstance(m, kind))
 
 
+def outwards(host: nn.Module) -> list[TokenScion]:
+    """From the closest to the host to the furthest."""
+    return [s for adds in (True, False) for s in scions(host, TokenScion) if s.adds_tokens is adds]
+
+
 def put_on(site: Site, name: str, scion: nn.Module) -> None:
     site.host.add_module(PREFIX + name, scion)
-    if site.front not in fronts_of(site.host):
-        put = put_innermost if getattr(site.front, "innermost", False) else put_in_front
-        put(site.host, site.front)
+    fronts = fronts_of(site.host)
+    if site.front not in fronts:
+        fronts = [site.front, *fronts] if getattr(site.front, "innermost", False) else [*fronts, site.front]
+        stand(site.host, sorted(fronts, key=lambda front: getattr(front, "outermost", False)))
 
 
 def take_off(site: Site, name: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from img2vid.backbones.tower import Preprocess, on_meta
+from img2vid.beside import examples_beside
 from img2vid.checkpoints.native import load, read_description
 from img2vid.checkpoints.rebuilding import build_backbone
 from img2vid.config import ConfigError, VideoConfig, one_of, shown
@@ -115,9 +116,10 @@ class WithColumns(InFront):
     title, serves = "Widened", FurtherColumns
 
     def forward(self, x: Tensor) -> Tensor:
-        known, *new = x.split([self.in_features, *(s.zero_columns.shape[1] for s in scions(self))], dim=-1)
+        further = list(scions(self, FurtherColumns))
+        known, *new = x.split([self.in_features, *(s.zero_columns.shape[1] for s in further)], dim=-1)
         logits = super().forward(known)
-        for scion, part in zip(scions(self), new, strict=True):
+        for scion, part in zip(further, new, strict=True):
             logits = logits + F.linear(part, scion.zero_columns)
         return logits
 
@@ -271,8 +273,10 @@ def build(backbone: Backbone, config: VideoConfig, one: Mapping[str, Any]) -> Vi
 
 
 @torch.no_grad()
-def feature_dim(video: VideoModel) -> int:
-    """Length of the feature of a step, probed without numbers."""
+def feature_dim(video: VideoModel, alone: bool = False) -> int:
+    """Length of the feature of a step, probed without numbers; ``alone``, of its own tower, without what is behind."""
     twin, weight = on_meta(video).eval(), next(video.parameters())
     shape = (1, video.config.tubelet_size, video.tower.in_channels, *video.tower.image_size)
-    return first(twin.frame_features(torch.zeros(shape, dtype=weight.dtype, device="meta"))).shape[-1]
+    with examples_beside(twin, 1):
+        run = VideoModel.frame_features if alone else type(twin).frame_features
+        return first(run(twin, torch.zeros(shape, dtype=weight.dtype, device="meta"))).shape[-1]

@@ -28,6 +28,12 @@ def insert(video: VideoModel, grafts: Iterable[Graft]) -> None:
                 f"{graft.name} lets a frame see later ones, which causal=True rules out: a {graft.type} looks both "
                 "ways along time. Leave one of the two."
             )
+        for one, other in [pair for has in video.grafts for pair in ((graft, has), (has, graft))]:
+            if one.leaves_tokens and other.counts_patches:
+                raise GraftError(
+                    f"{one.name} leaves tokens of its own among the patches from block to block, where {other.name} "
+                    "must know which token is which patch. Use prompts of form='deep': those end with their block."
+                )
         sites = graft.sites(video)
         grown = [(site, graft.grow(video, site)) for site in sites]  # all of them, before any is put on
         for site, scion in grown:
@@ -57,18 +63,23 @@ def graft(model: VideoModel | VideoTextModel, grafts: Iterable[Any]) -> VideoMod
         The same model.
 
     Raises:
-        Img2VidError: an unknown type or option, a name that is taken, or a graft that finds no place.
+        Img2VidError: an unknown type or option, a name that is taken, or a graft that finds no place; the model is then
+            what it was.
     """
     video = tower_of(model)
     read_grafts([*video.grafts, *(grafts := list(grafts))])  # names must differ from those it has
     new = read_grafts(grafts)
     if isinstance(model, VideoTextModel):
         check_beside_text(new)
-    with without_checkpointing(model):
-        insert(video, new)
+    try:
+        with without_checkpointing(model):
+            insert(video, new)
+        for one in new:
+            one.fetch(video)
+    except BaseException:  # an interrupt, too, leaves the model that was there
+        remove(model, [one.name for one in video.grafts if one in new])
+        raise
     write_down(model)
-    for one in new:
-        one.fetch(video)
     return model
 
 
@@ -118,8 +129,8 @@ def take(
         for site in one.sites(video):
             before(one, site, getattr(site.host, PREFIX + one.name))
             take_off(site, one.name)
-        video.grafts = tuple(other for other in video.grafts if other is not one)
         one.uprooted(video)
+        video.grafts = tuple(other for other in video.grafts if other is not one)
     write_down(model)
     return model
 
@@ -137,7 +148,7 @@ def write_down(model: VideoModel | VideoTextModel) -> None:
     """Let ``config`` say what the model has."""
     video = tower_of(model)
     config = dataclasses.replace(video.config, grafts=tuple(graft.to_dict() for graft in video.grafts))
-    video.config = model.config = config
+    video.config = config  # which also is that of a model with text
 
 
 @contextmanager

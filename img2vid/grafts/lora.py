@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from img2vid.backbones.parts import ROLES, LinearMap, linear_maps
 from img2vid.config import ConfigError, block_numbers, layer_rule, one_of, real_number, shown, whole_number
 from img2vid.errors import nearest
-from img2vid.grafts.base import Graft, GraftError, Site, register
+from img2vid.grafts.base import Graft, GraftError, Site, factor, register
 from img2vid.grafts.fronts import WEIGHT_NAMES, GraftedLinear, GraftedProjection, WeightScion, fold_weight, own_weight
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ class LoRA(Graft):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole_number("rank", self.rank)
-        object.__setattr__(
-            self, "alpha", real_number("alpha", self.rank if self.alpha is None else self.alpha, least=0.0)
-        )
+        object.__setattr__(self, "alpha", factor("alpha", self.rank if self.alpha is None else self.alpha))
         one_of("rslora", self.rslora, (True, False))
         object.__setattr__(self, "dropout", real_number("dropout", self.dropout, least=0.0, below=1.0))
         object.__setattr__(self, "layers", layer_rule(self.layers, "layers"))

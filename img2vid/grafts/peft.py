@@ -45,6 +45,12 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "velora_config"), (None,)),
+    # the others change the weights beside them (pissa, olora, corda, loftq, lora_ga)
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica", None),
 }
 
 

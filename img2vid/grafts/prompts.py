@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 class Prompts(TokenScion):
     """``num_tokens`` tokens between prefix and patches from this block on; gone behind it where it ``drops`` them."""
 
+    adds_tokens = True
+
     def __init__(self, num_tokens: int, dim: int, num_prefix: int, bound: float, adds: bool, drops: bool) -> None:
         super().__init__()
         self.num_tokens, self.num_prefix, self.drops = num_tokens, num_prefix, drops
@@ -129,6 +131,7 @@ class Prompt(Graft):
         whole_number("num_tokens", self.num_tokens)
         one_of("form", self.form, ("shallow", "deep", "gated"))
         object.__setattr__(self, "layers", layer_rule(self.layers, "layers"))
+        object.__setattr__(self, "leaves_tokens", self.form == "shallow")
 
     def sites(self, video: VideoModel) -> list[Site]:
         blocks = video.tower.blocks

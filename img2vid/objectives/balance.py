@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from img2vid.objectives.base import Objective, ObjectiveError, Step, Surroundings
+from img2vid.objectives.base import Objective, ObjectiveError, Step, Surroundings, routers
 
 
 class BalanceExperts(Objective):
     """``balance_loss``: how unevenly the routers of ``experts`` grafts spread the tokens of a batch; 1 is evenly.
 
-    A term beside an objective (``WeightedSum``): alone it would teach routers and nothing else. With ``chunk_size`` it
-    is that of the last chunk.
+    A term beside an objective (``WeightedSum``): alone it would teach routers and nothing else. It is of the clips of
+    this process; with ``chunk_size``, of all chunks together.
 
     Args:
         weight: of the loss, averaged over routers; 0.01 as in Switch Transformers (arXiv:2101.03961).
@@ -31,12 +28,7 @@ class BalanceExperts(Objective):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         _ = step.features  # the tower runs, if it has not yet
-        losses = [balance.loss for balance in routers(step.model) if balance.loss is not None]
+        losses = [loss for balance in routers(step.model) if (loss := balance.loss) is not None]
         if not losses:
             raise ObjectiveError("BalanceExperts is a term for training, and no router is in training mode.")
         return {"balance_loss": self.weight * torch.stack(losses).mean()}
-
-
-def routers(model: nn.Module) -> Iterator[Any]:
-    """What each router has noted of the last step."""
-    return (module.balance for module in model.modules() if hasattr(module, "zero_experts"))

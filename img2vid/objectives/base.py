@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -79,12 +80,19 @@ class Step:
             whole tower, so that a contrastive batch may be larger than what fits.
     """
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any], chunk_size: int | None = None) -> None:
+    def __init__(self, model: Any, batch: Mapping[str, Any], chunk_size: int | None = None) -> None:
         self.model, self.batch, self.chunk_size = model, batch, chunk_size
+        self.asked: list[Any] = []  # what routers of experts note, while the clips of the step are encoded
 
     @cached_property
     def encoded(self) -> tuple[Tensor, Tensor]:
-        return self.encode(self.batch["clip"])
+        self.asked = list(routers(self.model))
+        for balance in self.asked:
+            balance.begin()
+        try:
+            return self.encode(self.batch["clip"])
+        finally:
+            self.asked = []  # when a chunk is run again for its gradients, nothing is noted twice
 
     @property
     def features(self) -> Tensor:
@@ -96,6 +104,14 @@ class Step:
         """What the last block put out, (B*T, P + N, D)."""
         return self.encoded[1]
 
+    @property
+    def logits(self) -> Tensor:
+        """What the model's own classifier makes of the features, (B, num_classes)."""
+        features = self.features
+        vectors = self.vectors(len(features))
+        with self.model.beside(**vectors) if vectors else nullcontext():
+            return self.model.classifier(features)
+
     @cached_property
     def video(self) -> Tensor:
         """Clip features (B, D) of length one."""
@@ -103,28 +119,60 @@ class Step:
 
     def encode(self, clips: Tensor) -> tuple[Tensor, Tensor]:
         """Clips (B, T, C, H, W) -> features (B, D) and last tokens (B*T, P + N, D)."""
-        return in_chunks(lambda part: encode_clips(self.model, part), clips, self.chunk_size)
+        vectors = self.vectors(len(clips))
+
+        def encode(part: Tensor, *beside: Tensor) -> tuple[Tensor, Tensor]:
+            encoded = encode_clips(self.model, part, dict(zip(vectors, beside, strict=True)))
+            for balance in self.asked:
+                balance.take()
+            return encoded
+
+        return in_chunks(encode, self.chunk_size, clips, *vectors.values())
+
+    def vectors(self, num_clips: int) -> dict[str, Tensor]:
+        """What the batch holds beside each of its clips, (B, E) by name; all V views of a video share it, (B*V, E)."""
+        found: dict[str, Tensor] = {}
+        for name in getattr(self.model, "takes_beside", ()):
+            if name not in self.batch:
+                raise ObjectiveError(
+                    f"The model takes {name!r} beside clips, and batches hold {', '.join(self.batch)}. Let a data "
+                    "module of your own add it in on_after_batch_transfer; batch['index'] says which rows they are."
+                )
+            vector = self.batch[name]
+            found[name] = vector.repeat_interleave(num_clips // len(vector), dim=0)
+        return found
 
     def text(self, tokens: Tensor, train: bool = True) -> Tensor:
         """Token ids (N, L) -> features (N, D) of length one."""
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
-            encoded = in_chunks(lambda part: (self.model.encode_text(part, normalize=True),), tokens, self.chunk_size)
+            encoded = in_chunks(lambda part: (self.model.encode_text(part, normalize=True),), self.chunk_size, tokens)
         return encoded[0]
 
 
-def in_chunks(encode: Callable[[Tensor], tuple[Tensor, ...]], inputs: Tensor, size: int | None) -> tuple[Tensor, ...]:
-    if size is None or not torch.is_grad_enabled() or len(inputs) <= size:
-        return encode(inputs)
-    parts = [checkpoint(encode, part, use_reentrant=False) for part in inputs.split(size)]
+def routers(model: nn.Module) -> Iterator[Any]:
+    """What each router of experts notes of a step."""
+    return (module.balance for module in model.modules() if hasattr(module, "zero_experts"))
+
+
+def in_chunks(encode: Callable[..., tuple[Tensor, ...]], size: int | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+    if size is None or not torch.is_grad_enabled() or len(inputs[0]) <= size:
+        return encode(*inputs)
+    split = zip(*(x.split(size) for x in inputs), strict=True)
+    parts = [checkpoint(encode, *part, use_reentrant=False) for part in split]
     return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
 
 
-def encode_clips(model: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """Clips (B, T, C, H, W) -> features (B, D), before any classifier, and the last block's output (B*T, P + N, D)."""
+def encode_clips(model: Any, clips: Tensor, beside: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Clips (B, T, C, H, W) -> features (B, D), before any classifier, and the last block's output (B*T, P + N, D).
+
+    Args:
+        beside: a vector for each clip (B, E) by its name, where the model takes one.
+    """
     tower, seen = getattr(model, "visual", model).tower, []
     hook = tower.blocks[-1][1].register_forward_hook(lambda block, inputs, output: seen.append(output))
     try:
-        features = model.encode_video(clips) if hasattr(model, "encode_video") else model.clip_features(clips)
+        with model.beside(**beside) if beside else nullcontext():
+            features = model.encode_video(clips) if hasattr(model, "encode_video") else model.clip_features(clips)
     finally:
         hook.remove()
     first = [x[0] if isinstance(x, tuple) else x for x in (features, seen[-1])]

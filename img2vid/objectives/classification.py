@@ -190,7 +190,7 @@ class Classification(Objective):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         if self.head == "linear":
-            logits = step.model.classifier(step.features)
+            logits = step.logits
             return {"classification_loss": self.cross_entropy(logits, self.targets(step.batch, logits.device))}
         if self.text_moves and torch.is_grad_enabled():
             self.known = {}  # what the text tower says is about to change
@@ -243,7 +243,7 @@ class Classification(Objective):
 
     def predict(self, step: Step) -> Tensor | None:
         if self.head == "linear":
-            return step.model.classifier(step.features)
+            return step.logits
         if not hasattr(self, "label_tokens"):
             return None
         prompts = self.embed_known(step, "label")

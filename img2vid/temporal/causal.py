@@ -72,6 +72,7 @@ class Memory:
         self.window = window
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.first = self.next = 0  # frames of the stream: the first that is remembered, the one to come
 
     def recall(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values that frames ``start``, ``start + 1``, ... may look at, themselves included, and a mask.
@@ -79,6 +80,10 @@ class Memory:
         The new ones are kept. To one frame all is visible, in whatever order, so it needs no mask and no copy.
         """
         num_new = k.shape[3]
+        if start != self.next:  # shut, this layer was left out for some frames, of which it knows nothing
+            self.first = start
+        self.next = start + num_new
+        start -= self.first
         self.make_room(k, start + num_new)
         if num_new == 1:
             slots = self.write(k, v, start)
@@ -91,8 +96,12 @@ class Memory:
         mask = look_back(start, num_new, start - before, before + num_new, self.window)
         return keys, values, mask.to(k.device)
 
+    @torch.inference_mode(False)  # what is made in that mode cannot be written to outside of it
+    @torch.no_grad()
     def make_room(self, like: Tensor, num_frames: int) -> None:
-        """Slots for ``num_frames``, or for the window."""
+        """Slots for ``num_frames``, or for the window, where the model is and in its precision now."""
+        if self.keys is not None:
+            self.keys, self.values = self.keys.to(like), self.values.to(like)
         slots = 0 if self.keys is None else self.keys.shape[3]
         wanted = max(8, 1 << (num_frames - 1).bit_length())
         if self.window is not None:
@@ -111,5 +120,9 @@ class Memory:
         self.keys[..., slots, :], self.values[..., slots, :] = k[..., -kept:, :], v[..., -kept:, :]
         return self.keys.shape[3]
 
-    def slots_of(self, first: int, count: int) -> list[int]:
-        return [frame % self.keys.shape[3] for frame in range(first, first + count)]
+    def slots_of(self, first: int, count: int) -> list[int] | slice:
+        """Where frames ``first``, ``first + 1``, ... lie: a slice, which copies nothing, unless they go around."""
+        slots = self.keys.shape[3]
+        if first % slots + count <= slots:
+            return slice(first % slots, first % slots + count)
+        return [frame % slots for frame in range(first, first + count)]

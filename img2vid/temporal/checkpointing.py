@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,12 +24,12 @@ class CheckpointedBlock(InFront):
     clip: ClipContext
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not self.training or not torch.is_grad_enabled():
+            return super().forward(x, *args, **kwargs)  # where T need not be known (img2vid.temporal.long)
         block, num_frames = super().forward, self.clip.num_frames
 
         def run(x: Tensor, *args, **kwargs) -> Tensor:
             with self.clip.of(num_frames):
                 return block(x, *args, **kwargs)
 
-        if not self.training:
-            return run(x, *args, **kwargs)
         return checkpoint(run, x, *args, use_reentrant=False, **kwargs)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from img2vid.temporal.causal import Past
@@ -26,6 +27,7 @@ class ClipContext:
     def __init__(self) -> None:
         self._num_frames: int | None = None
         self.past: Past | None = None  # of the stream that the frames now in flight continue
+        self.vectors: dict[str, Tensor] = {}  # beside the clips, by name: (B, E) each
         self._turn = threading.RLock()
 
     @contextmanager
@@ -47,6 +49,24 @@ class ClipContext:
                 yield
             finally:
                 self.past = None
+
+    @contextmanager
+    def beside(self, vectors: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, these vectors (B, E) belong to the clips that are run, with those laid beside them before."""
+        if torch.compiler.is_compiling():
+            with self._lay(vectors):
+                yield
+        else:
+            with self._turn, self._lay(vectors):
+                yield
+
+    @contextmanager
+    def _lay(self, vectors: dict[str, Tensor]) -> Iterator[None]:
+        before, self.vectors = self.vectors, {**self.vectors, **vectors}
+        try:
+            yield
+        finally:
+            self.vectors = before
 
     @contextmanager
     def _set(self, num_frames: int | None) -> Iterator[None]:

@@ -38,6 +38,8 @@ class InParts(InFront):
             image_block = super(SpaceTimeBlock, self).forward
             if not self.adds_nothing():
                 places = max(1, self.frames_at_a_time * x.shape[1] // len(x))
+                if self.clip.past is not None:  # a stream remembers all places together
+                    places = x.shape[1]
                 x = torch.cat([part + self.temporal_residual(part) for part in x.split(places, dim=1)], dim=1)
         parts = []
         with self.clip.of(None):  # whatever in the image block asks for T is not independent, and must not guess

@@ -149,6 +149,12 @@ class EpochAverage(RunningAverage):
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return epoch_idx is not None and epoch_idx >= self.first_epoch
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """The epoch's last weights take part before they are validated, not after."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        if trainer.is_last_batch:
+            self.on_train_epoch_end(trainer, pl_module)  # once an epoch
+
 
 def check_averaging(trainer: pl.Trainer, model: torch.nn.Module) -> None:
     """Refuse averages that would not be what they seem.

@@ -193,6 +193,7 @@ class SaveModel(pl.Callback):
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
         self.clips: Tensor | None = None  # some of those trained on, to compare features on
+        self.beside: dict[str, Tensor] = {}  # what the model takes beside them
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and self.folder is not None:
@@ -203,6 +204,8 @@ class SaveModel(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self.clips is None and trainer.is_global_zero:
             self.clips = batch["clip"][:4].detach().float().cpu()
+            names = module.model.takes_beside
+            self.beside = {name: batch[name][:4].detach().float().cpu() for name in names if name in batch}
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.interrupted:
@@ -217,7 +220,7 @@ class SaveModel(pl.Callback):
 
         model = build_model(build_backbone(module.model.config), module.model.config)
         model.load_state_dict(state)
-        movement = measure_movement(model, module.beginning, trainer.global_step, self.clips)
+        movement = measure_movement(model, module.beginning, trainer.global_step, self.clips, self.beside)
         save(module.model, folder, state=state, movement=movement, settings=module.settings)
         rank_zero_info(f"{movement}\nWrote {folder}. Load it with img2vid.load({str(folder)!r}).")
 

@@ -221,12 +221,15 @@ class VideoTraining(pl.LightningModule):
         losses = self.objective(self.step_of(batch, batch["clip"]))
         if self.how.l1 or self.how.l2:
             losses["penalty_loss"] = penalty(self.model, l1=self.how.l1, l2=self.how.l2)
-        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        parts = torch.stack([loss.float() for loss in losses.values()])
+        total = parts.sum()
         if not torch.isfinite(total):
             raise TrainingError(non_finite(losses, batch, self.global_step, self.current_epoch, batch_idx))
         size = len(batch["clip"])
-        self.log("loss", total.detach(), prog_bar=True, batch_size=size)
-        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
+        seen = torch.cat([total[None], parts]).detach()
+        values = self.trainer.strategy.reduce(seen, reduce_op="mean").unbind()  # over processes, in one message
+        self.log("loss", values[0], prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": value for name, value in zip(losses, values[1:], strict=True)}, batch_size=size)
         return total
 
     def step_of(self, batch: Mapping[str, Any], clips: Tensor) -> Step:

@@ -65,19 +65,24 @@ class Movement:
 
 
 def measure_movement(
-    model: VideoModel | VideoTextModel, beginning: Mapping[str, Tensor], steps: int, clips: Tensor | None = None
+    model: VideoModel | VideoTextModel,
+    beginning: Mapping[str, Tensor],
+    steps: int,
+    clips: Tensor | None = None,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> Movement:
     """How far a model is from a state dict of its own.
 
     Args:
         model: on the CPU, as trained; unchanged afterwards.
         clips: normalised, (B, T, C, H, W); None to compare weights alone.
+        beside: a vector for each clip (B, E) by its name, where the model takes one.
     """
     now = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
     features: dict[str, float] = {}
     if clips is not None:
         clips = clips.to(next(model.parameters()).dtype)
-        with torch.no_grad(), in_eval_mode(model):
+        with torch.no_grad(), in_eval_mode(model), model.beside(**(beside or {})):
             after = [feature(model, x) for x in (clips, stills(clips), clips.flip(1))]
             try:
                 model.load_state_dict(beginning)

@@ -72,7 +72,7 @@ def load_weights(
         allow_new: regular expressions (full match) of keys that the model may have beyond the file.
         allow_dropped: regular expressions (full match) of keys that the file may have beyond the model.
         source: what the error calls the state dict, e.g. its path.
-        assign: put the given tensors in place of the model's, as for a model on the meta device.
+        assign: put the given tensors in place of the model's, as is always done with a model on the meta device.
         keep_dtypes: give the model's tensors the precisions of the given ones, instead of the other way round.
 
     Raises:
@@ -103,6 +103,8 @@ def load_weights(
         take_dtypes(model, state)
         own = model.state_dict()
     fitting = {key: state[key].to(own[key].dtype) for key in report.loaded}
+    # a model without numbers takes the file's own tensors
+    assign = assign or any(own[key].is_meta for key in report.loaded)
     model.load_state_dict({**own, **fitting}, assign=assign)
     return report
 

@@ -10,6 +10,7 @@ import collections
 import os
 import pickle
 import re
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ WRAPPERS = (
     "state_dict_ema",
     "ema",
 )
+MAPPED = 2**28  # bytes of a file that are mapped into memory at a time
 PAGE = 4096  # bytes
 # what the unpickler runs into in a file that is no pickle, or damaged
 STUMBLED = (*DAMAGED, RuntimeError, LookupError, TypeError, AttributeError, AssertionError)
@@ -160,14 +162,19 @@ def read_content(path: Path) -> object:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
-    state = {}
+    state: dict[str, Tensor] = {}
     try:
-        with safe_open(path, framework="pt") as file, counting(path.stat().st_size) as add:
-            for key in file.keys():  # noqa: SIM118, no mapping
-                state[key] = tensor = file.get_tensor(key)
-                if tensor.nbytes > PAGE:  # mapped, not yet read: touching each page brings it into memory here
-                    tensor.flatten().view(torch.uint8)[::PAGE].sum()
-                add(tensor.nbytes)
+        with safe_open(path, framework="pt") as file:
+            waiting = deque(file.keys())
+        with counting(path.stat().st_size) as add:
+            while waiting:
+                mapped = 0
+                with safe_open(path, framework="pt") as file:  # again, so that what has been copied is not kept mapped
+                    while waiting and mapped < MAPPED:
+                        key = waiting.popleft()
+                        state[key] = tensor = file.get_tensor(key).clone()
+                        mapped += tensor.nbytes
+                        add(tensor.nbytes)
         return state
     except (SafetensorError, ValueError, OSError) as error:
         raise WeightsError(f"{path} is damaged, truncated, or no safetensors file: {short(error)}") from error

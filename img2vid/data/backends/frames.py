@@ -45,6 +45,10 @@ class FrameFolderReader(Reader):
         """The frames first .. stop - 1 in order, one at a time."""
         return (self._image(file) for file in self.files[first:stop])
 
+    def timed_frames(self):
+        """All frames in order, without times: a folder has no clock."""
+        return ((None, self._image(file)) for file in self.files)
+
     def _image(self, file: Path):
         from torchvision.io import ImageReadMode, decode_image, read_file
 

@@ -200,6 +200,16 @@ class PyAVReader(Reader):
         self._short = promised - count
         return [found.get(i, last) for i in indices]
 
+    def timed_frames(self):
+        """All frames in order, each with its seconds since the first: by the container, or else by the mean rate."""
+        first, fps = None, self.fps
+        for number, frame in enumerate(self._decode_all()):
+            if self.index.pts is not None and frame.time is not None:
+                first = frame.time if first is None else first
+                yield frame.time - first, self._rgb(frame)
+            else:
+                yield None if fps is None else float(number / fps), self._rgb(frame)
+
     def stream_frames(self, first: int, stop: int):
         """The frames first .. stop - 1 in order, one at a time, decoding from the start: for whole videos."""
         for number, frame in enumerate(self._decode_all()):
