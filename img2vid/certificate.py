@@ -32,6 +32,7 @@ from img2vid.proof.evidence import (
     kinds_for,
     largest,
 )
+from img2vid.proof.failures import failures
 from img2vid.proof.guarantees import Guarantee
 from img2vid.proof.liveness import Liveness, measure_liveness, three_acts
 from img2vid.temporal.infront import own_class
@@ -97,8 +98,13 @@ class Certificate:
     def ok(self) -> bool:
         return self.held and self.separate and self.reversible and (self.alive or not self.expected_alive)
 
+    @property
+    def failures(self) -> list[str]:
+        """Which checks failed, and why where that is known, a sentence each."""
+        return failures(self)
+
     def to_dict(self) -> dict[str, Any]:
-        verdicts = {name: getattr(self, name) for name in ("ok", "held", "reversible", "separate", "alive")}
+        verdicts = {name: getattr(self, name) for name in ("ok", "held", "reversible", "separate", "alive", "failures")}
         measured = asdict(self)
         for row, comparison in zip(measured["comparisons"], self.comparisons, strict=True):
             row["held"] = comparison.held

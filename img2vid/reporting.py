@@ -73,7 +73,7 @@ def certificate_table(certificate: Certificate) -> Group:
 
 def result(certificate: Certificate) -> str:
     if not certificate.ok:
-        return "FAILED"
+        return f"FAILED: {'; '.join(certificate.failures)}."
     return "OK" if certificate.alive else "OK, the function is kept, but this initialisation cannot learn"
 
 

@@ -180,6 +180,25 @@ def test_the_certificate_holds_against_an_untouched_module(name, settings):
     assert (certificate.text_difference == 0.0) == hasattr(model.base, "encode_text")
 
 
+def test_blip_drawn_at_random_says_why_it_fails():
+    """transformers draws its image tower with a deviation of 1e-10: what one frame tells another is rounded away."""
+    model = transformers.BlipForConditionalGeneration(
+        transformers.BlipConfig(vision_config=IMAGE, text_config=BLIP_TEXT)
+    )
+    assert model.config.vision_config.initializer_range == 1e-10
+    certificate = img2vid.certify(img2vid.convert(copy.deepcopy(model.eval()), num_frames=2), model)
+    assert certificate.held and not certificate.ok
+    (why,) = certificate.failures
+    assert "no frame's feature notices" in why and "deviation of 1e-10" in why and "initializer_range" in why
+    assert "FAILED: with open gates" in str(certificate) and json.loads(certificate.to_json())["failures"] == [why]
+    drawn = {**IMAGE, "initializer_range": 0.02}
+    model = transformers.BlipForConditionalGeneration(
+        transformers.BlipConfig(vision_config=drawn, text_config=BLIP_TEXT)
+    )
+    certificate = img2vid.certify(img2vid.convert(copy.deepcopy(model.eval()), num_frames=2), model)
+    assert certificate.ok and certificate.failures == []
+
+
 @pytest.mark.parametrize("name", [n for n in ALL if n not in ("SiglipModel", "SiglipVisionModel")])
 @torch.no_grad()
 def test_a_global_prefix_sees_all_frames_as_keys(name):
