@@ -20,6 +20,7 @@ from img2vid.checkpoints.native import HEADER
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.weights.accounting import LoadReport, matches, read_weights
+from img2vid.weights.index import SUFFIX
 from img2vid.weights.keytable import State, Table, to_ours, to_theirs
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Foreign:
             WeightsError: it cannot be read, or holds no weights.
         """
         path = Path(path)
-        beside = path.parent if path.name in FILES and path.is_file() else None
+        beside = path.parent if path.name.removesuffix(SUFFIX) in FILES and path.is_file() else None
         if beside is not None and "model_type" in (read_json(beside / CONFIG) or {}):
             path = beside  # heads, activation and eps are in the folder, and not in the weights
         if not path.is_dir():

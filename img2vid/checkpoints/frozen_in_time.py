@@ -14,25 +14,27 @@ from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.dialect import Dialect, Foreign
 from img2vid.checkpoints.plain_vit import plain_vit, sizes_of, square
 from img2vid.config import VideoConfig
+from img2vid.weights.keytable import State
 
-TABLE = (
-    # Frozen in Time                                 img2vid
-    ("video_model.cls_token", "cls_token"),
-    ("video_model.pos_embed", "pos_embed"),
-    ("video_model.temporal_embed", "time_embed"),
-    ("video_model.patch_embed.proj", "patch_embed.proj"),
-    ("video_model.blocks.{i}.norm3", "blocks.{i}.temporal_norm1"),
-    ("video_model.blocks.{i}.timeattn.qkv", "blocks.{i}.temporal_attn.qkv"),
-    ("video_model.blocks.{i}.timeattn.proj", "blocks.{i}.temporal_attn.proj"),
-    ("video_model.blocks.{i}.norm1", "blocks.{i}.norm1"),
-    ("video_model.blocks.{i}.attn.qkv", "blocks.{i}.attn.qkv"),
-    ("video_model.blocks.{i}.attn.proj", "blocks.{i}.attn.proj"),
-    ("video_model.blocks.{i}.norm2", "blocks.{i}.norm2"),
-    ("video_model.blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc1"),
-    ("video_model.blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
-    ("video_model.norm", "norm"),
-    ("vid_proj.0", "head"),
+TOWER = (
+    # Frozen in Time, LaViLa         img2vid
+    ("cls_token", "cls_token"),
+    ("pos_embed", "pos_embed"),
+    ("temporal_embed", "time_embed"),
+    ("patch_embed.proj", "patch_embed.proj"),
+    ("blocks.{i}.norm3", "blocks.{i}.temporal_norm1"),
+    ("blocks.{i}.timeattn.qkv", "blocks.{i}.temporal_attn.qkv"),
+    ("blocks.{i}.timeattn.proj", "blocks.{i}.temporal_attn.proj"),
+    ("blocks.{i}.norm1", "blocks.{i}.norm1"),
+    ("blocks.{i}.attn.qkv", "blocks.{i}.attn.qkv"),
+    ("blocks.{i}.attn.proj", "blocks.{i}.attn.proj"),
+    ("blocks.{i}.norm2", "blocks.{i}.norm2"),
+    ("blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc1"),
+    ("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
+    ("norm", "norm"),
 )
+PREFIX = "video_model."
+TABLE = (*((PREFIX + theirs, ours) for theirs, ours in TOWER), ("vid_proj.0", "head"))
 SETTINGS: dict[str, Any] = {
     "prefix_mode": "global",
     "time_embed_resample": "crop_or_pad",
@@ -41,22 +43,34 @@ SETTINGS: dict[str, Any] = {
 
 
 def describe(file: Foreign) -> VideoConfig:
-    prefix = FROZEN_IN_TIME.prefix
-    named = Foreign(file.path, FROZEN_IN_TIME.with_prefix(file.state), notes=file.notes, num_heads=file.num_heads)
+    state = FROZEN_IN_TIME.with_prefix(file.state)
+    return described_tower(file, state, PREFIX, head="vid_proj.0", gate="none", **SETTINGS)
+
+
+def described_tower(
+    file: Foreign, state: State, prefix: str, head: str, arguments: dict[str, Any] | None = None, **settings: Any
+) -> VideoConfig:
+    """The model that a tower of these blocks is, whatever its names begin with.
+
+    Args:
+        state: what ``file`` holds, as the table names it.
+        head: the projection into the space of texts, for files that have one.
+        arguments: of the ViT, beyond its sizes.
+    """
+    named = Foreign(file.path, state, notes=file.notes, num_heads=file.num_heads)
     conv = f"{prefix}patch_embed.proj"
     sizes = sizes_of(named, block=f"{prefix}blocks.{{i}}.", conv=conv, fc1="mlp.fc1", qkv="attn.qkv.bias")
-    num_places = named.require(f"{prefix}pos_embed").shape[1] - 1
-    head = {"num_classes": named.state["vid_proj.0.bias"].shape[0]} if "vid_proj.0.bias" in named.state else {}
+    image_size = square(file, named.require(f"{prefix}pos_embed").shape[1] - 1, sizes["patch_size"])
+    projected = {"num_classes": len(state[f"{head}.bias"])} if f"{head}.bias" in state else {}
     return VideoConfig(
-        **plain_vit(**sizes, image_size=square(file, num_places, sizes["patch_size"]), **head),
+        **plain_vit(**sizes, image_size=image_size, **projected, **(arguments or {})),
         num_frames=named.require(f"{prefix}temporal_embed").shape[1],
-        gate="none",
-        **SETTINGS,
+        **settings,
     )
 
 
 def recognise(file: Foreign) -> bool:
-    return any(key.startswith("video_model.blocks.0.timeattn.") for key in file.state)
+    return any(key.startswith(f"{PREFIX}blocks.0.timeattn.") for key in file.state)
 
 
 FROZEN_IN_TIME = Dialect(
@@ -65,7 +79,7 @@ FROZEN_IN_TIME = Dialect(
     table=TABLE,
     describe=describe,
     recognise=recognise,
-    prefix="video_model.",
+    prefix=PREFIX,
     dropped=(r"text_model\..*", r"txt_proj\..*"),
     pixels=Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic"),
 )

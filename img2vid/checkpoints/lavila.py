@@ -12,30 +12,18 @@ import torch
 
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.dialect import Dialect, Foreign
-from img2vid.checkpoints.frozen_in_time import FROZEN_IN_TIME, SETTINGS
-from img2vid.checkpoints.plain_vit import EPS, plain_vit, sizes_of, square
+from img2vid.checkpoints.frozen_in_time import FROZEN_IN_TIME, SETTINGS, TOWER, described_tower
+from img2vid.checkpoints.plain_vit import EPS
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.weights.keytable import State
 
+PREFIX = "visual."
 TABLE = (
-    # LaViLa                                    img2vid
-    ("visual.cls_token", "cls_token"),
-    ("visual.pos_embed", "pos_embed"),
-    ("visual.temporal_embed", "time_embed"),
-    ("visual.patch_embed.proj", "patch_embed.proj"),
+    *((PREFIX + theirs, ours) for theirs, ours in TOWER),
+    # LaViLa                             img2vid
     ("visual.ln_pre", "norm_pre"),
-    ("visual.blocks.{i}.norm3", "blocks.{i}.temporal_norm1"),
-    ("visual.blocks.{i}.timeattn.qkv", "blocks.{i}.temporal_attn.qkv"),
-    ("visual.blocks.{i}.timeattn.proj", "blocks.{i}.temporal_attn.proj"),
     ("visual.blocks.{i}.alpha_timeattn", "blocks.{i}.temporal_fc.alpha"),
-    ("visual.blocks.{i}.norm1", "blocks.{i}.norm1"),
-    ("visual.blocks.{i}.attn.qkv", "blocks.{i}.attn.qkv"),
-    ("visual.blocks.{i}.attn.proj", "blocks.{i}.attn.proj"),
-    ("visual.blocks.{i}.norm2", "blocks.{i}.norm2"),
-    ("visual.blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc1"),
-    ("visual.blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
-    ("visual.norm", "norm"),
     ("image_projection.0", "head"),
     ("fc_cls", "classifier"),
 )
@@ -63,29 +51,25 @@ def pack(state: State, config: VideoConfig) -> State:
 
 
 def describe(file: Foreign) -> VideoConfig:
-    prefix = LAVILA.prefix
     state = unpack(LAVILA.with_prefix(file.state))
-    named = Foreign(file.path, state, notes=file.notes, num_heads=file.num_heads)
-    conv = f"{prefix}patch_embed.proj"
-    sizes = sizes_of(named, block=f"{prefix}blocks.{{i}}.", conv=conv, fc1="mlp.fc1", qkv="attn.qkv.bias")
-    num_places = named.require(f"{prefix}pos_embed").shape[1] - 1
-    is_clip = f"{prefix}ln_pre.weight" in state
+    is_clip = f"{PREFIX}ln_pre.weight" in state
     if file.pixels is None and not is_clip:  # its towers without CLIP's weights saw ImageNet's statistics
         file.pixels = FROZEN_IN_TIME.pixels
     clip = {"pre_norm": True, "activation": "quick_gelu", "norm_eps": {"norm_pre": 1e-5, "": EPS}} if is_clip else {}
-    head = {"num_classes": len(state[f"{PROJECTION}.0.bias"])} if f"{PROJECTION}.0.bias" in state else {}
-    quirks = (*SETTINGS["quirks"], *(["time_before_norm_pre"] if is_clip else []))
-    return VideoConfig(
-        **plain_vit(**sizes, image_size=square(file, num_places, sizes["patch_size"]), **clip, **head),
-        num_frames=named.require(f"{prefix}temporal_embed").shape[1],
-        gate="tanh" if f"{prefix}blocks.0.alpha_timeattn" in state else "none",
+    return described_tower(
+        file,
+        state,
+        PREFIX,
+        head=f"{PROJECTION}.0",
+        arguments=clip,
+        gate="tanh" if f"{PREFIX}blocks.0.alpha_timeattn" in state else "none",
         num_classes=len(state["fc_cls.bias"]) if "fc_cls.bias" in state else None,
-        **{**SETTINGS, "quirks": quirks},
+        **{**SETTINGS, "quirks": (*SETTINGS["quirks"], *(["time_before_norm_pre"] if is_clip else []))},
     )
 
 
 def recognise(file: Foreign) -> bool:
-    return any(key.startswith("visual.blocks.0.timeattn.") for key in file.state)
+    return any(key.startswith(f"{PREFIX}blocks.0.timeattn.") for key in file.state)
 
 
 LAVILA = Dialect(
@@ -94,7 +78,7 @@ LAVILA = Dialect(
     table=TABLE,
     describe=describe,
     recognise=recognise,
-    prefix="visual.",
+    prefix=PREFIX,
     dropped=(
         r"(transformer|token_embedding|ln_final|textual|text_decoder)\..*",
         r"(positional_embedding|logit_scale)",
