@@ -170,6 +170,14 @@ def test_a_vivit_whose_description_does_not_fit(change, message, hf_folders, tmp
         img2vid.import_checkpoint(alone)
 
 
+@pytest.mark.parametrize("shape", [(2,), (1, 1), (0,)])
+@pytest.mark.parametrize("key", ["visual.blocks.1.alpha_timeattn", "image_projection"])
+def test_what_is_reshaped_is_looked_at_first(key, shape, tmp_path):
+    state = {**made.lavila(), key: torch.zeros(shape)}
+    with pytest.raises(WeightsError, match=f"nothing was imported(.|\n)*{key}"):
+        img2vid.import_checkpoint(saved(tmp_path / "a.pth", state), "lavila", num_heads=HEADS)
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
@@ -679,6 +687,10 @@ def test_a_file_inside_a_folder_of_transformers_is_read_with_what_lies_beside_it
     state = {f"timesformer.{k}": v for k, v in load_file(tmp_path / "hf" / "model.safetensors").items()}
     unsaid = {key: value for key, value in config.items() if key != "model_type"}
     assert img2vid.import_checkpoint(folder(tmp_path / "by_names", state, **unsaid)).config.num_frames == 4
+    shifted = {key: tensor + 1 for key, tensor in load_file(tmp_path / "hf" / "model.safetensors").items()}
+    again = img2vid.import_checkpoint(saved(tmp_path / "hf" / "pytorch_model.bin", shifted))
+    assert torch.equal(again.base.pos_embed, model.base.pos_embed + 1)  # the file that was given, not its neighbour
+    assert again.blocks[0].norm1.eps == 1e-3
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ PROJECTION = "image_projection"  # (D, E), without bias, in models with OpenAI's
 
 def unpack(state: State, config: VideoConfig | None = None) -> State:
     """A gate is one number, of shape (1) with us; a projection is a Linear, whose bias is zero where they have none."""
-    state = {key: tensor.reshape(1) if key.endswith(".alpha_timeattn") else tensor for key, tensor in state.items()}
-    if PROJECTION in state:
+    state = {key: t.reshape(1) if key.endswith(".alpha_timeattn") and t.ndim == 0 else t for key, t in state.items()}
+    if PROJECTION in state and state[PROJECTION].ndim == 2:
         weight = state.pop(PROJECTION).T.contiguous()
         bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
         state |= {f"{PROJECTION}.0.weight": weight, f"{PROJECTION}.0.bias": bias}
