@@ -21,7 +21,7 @@ from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
 from img2vid.weights.accounting import LoadReport, matches, read_state_dict, read_weights
 from img2vid.weights.index import SUFFIX
-from img2vid.weights.keytable import State, Table, to_ours, to_theirs
+from img2vid.weights.keytable import State, Table, pattern, to_ours, to_theirs
 
 if TYPE_CHECKING:
     from img2vid.model import VideoModel
@@ -57,10 +57,29 @@ class Foreign:
         state = read_folder(path) if path.is_dir() else read_state_dict(path)  # there may be another file beside it
         return cls(folder, state, config, read_pixels(folder), num_heads=num_heads)
 
-    def require(self, key: str) -> Tensor:
-        if key not in self.state:
-            raise WeightsError(f"{self.path} lacks {key}, from which the size of the model is read.")
-        return self.state[key]
+    def require(self, key: str, axes: str) -> Tensor:
+        """A tensor that sizes are read from, one letter of ``axes`` for each of its axes."""
+        tensor = self.state.get(key)
+        if tensor is None:
+            raise WeightsError(
+                f"{self.path} lacks {key}, from which the size of the model is read; nothing was imported."
+            )
+        if tensor.ndim != len(axes.split()) or not tensor.numel():
+            raise WeightsError(
+                f"{self.path}: {key} is {tuple(tensor.shape)}, expected was ({', '.join(axes.split())}); the size of "
+                "the model is read from it, so nothing was imported."
+            )
+        return tensor
+
+    def has(self, row: str) -> bool:
+        """Whether any block has it: of a file that lacks it in one block, accounting can then say so."""
+        return any(pattern(row).fullmatch(key) for key in self.state)
+
+    def num_outputs(self, linear: str) -> int | None:
+        """Rows of a last projection, such as the number of classes; None where there is none."""
+        if f"{linear}.weight" in self.state:
+            return len(self.require(f"{linear}.weight", "outputs inputs"))
+        return len(self.require(f"{linear}.bias", "outputs")) if f"{linear}.bias" in self.state else None
 
 
 def is_ours(path: Path) -> bool:

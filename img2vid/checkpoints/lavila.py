@@ -52,6 +52,7 @@ def pack(state: State, config: VideoConfig) -> State:
 
 def describe(file: Foreign) -> VideoConfig:
     state = unpack(LAVILA.with_prefix(file.state))
+    named = Foreign(file.path, state)
     is_clip = f"{PREFIX}ln_pre.weight" in state
     if file.pixels is None and not is_clip:  # its towers without CLIP's weights saw ImageNet's statistics
         file.pixels = FROZEN_IN_TIME.pixels
@@ -62,8 +63,8 @@ def describe(file: Foreign) -> VideoConfig:
         PREFIX,
         head=f"{PROJECTION}.0",
         arguments=clip,
-        gate="tanh" if f"{PREFIX}blocks.0.alpha_timeattn" in state else "none",
-        num_classes=len(state["fc_cls.bias"]) if "fc_cls.bias" in state else None,
+        gate="tanh" if named.has(f"{PREFIX}blocks.{{i}}.alpha_timeattn") else "none",
+        num_classes=named.num_outputs("fc_cls"),
         **{**SETTINGS, "quirks": (*SETTINGS["quirks"], *(["time_before_norm_pre"] if is_clip else []))},
     )
 
