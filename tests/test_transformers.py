@@ -366,6 +366,7 @@ BAD = [
     ("hf:empty", "holds no config.json"),
     ("hf:bert", "model_type 'bert'.*Supported of transformers are clip, "),
     ("hf:swin", "model_type 'swin'"),
+    ("hf:listed", r"model_type \['clip'\]"),
     ("hf:broken", "cannot be read as JSON"),
     ("hf:partial", "layernorm.bias"),
     ("hf:foreign", "has no place for.*surprise"),
@@ -373,12 +374,25 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("named", [-1, True, {"a": 1}, [], None], ids=str)
+def test_a_configuration_that_names_no_class_means_the_usual_one(named, tmp_path):
+    make("CLIPModel").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": named}))
+    assert type(img2vid.convert(f"hf:{tmp_path}", num_frames=2).base).__name__ == "CLIPModel"
+
+
 @pytest.mark.parametrize(("name", "message"), BAD)
 def test_bad_input_is_one_clear_error(name, message, tmp_path, monkeypatch, capsys):
     from safetensors.torch import load_file, save_file
 
     monkeypatch.chdir(tmp_path)
-    for folder, content in (("bert", '{"model_type": "bert"}'), ("swin", '{"model_type": "swin"}'), ("broken", "{")):
+    contents = {
+        "bert": '{"model_type": "bert"}',
+        "swin": '{"model_type": "swin"}',
+        "listed": '{"model_type": ["clip"]}',
+    }
+    for folder, content in {**contents, "broken": "{"}.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(content)
     (tmp_path / "empty").mkdir()

@@ -89,8 +89,8 @@ def load_transformers(
         override(config, {key: value for key, value in arguments.items() if key not in OWN})
         options = {}
         if cls.__name__ == "ViTModel":
-            published = (getattr(config, "architectures", None) or ["ViTModel"])[0]
-            options["add_pooling_layer"] = arguments.get("add_pooling_layer", published == "ViTModel")
+            published = architecture_of(config)
+            options["add_pooling_layer"] = arguments.get("add_pooling_layer", published in (None, "ViTModel"))
         elif "add_pooling_layer" in arguments:
             raise BackboneError(f"add_pooling_layer is of ViTModel; {name} is a {cls.__name__}.")
         with torch.device("meta"):
@@ -140,7 +140,7 @@ def fetch_config(name: BackboneName, arguments: dict[str, Any]) -> Any:
     if not isinstance(content, dict):
         raise BackboneError(f"config={shown(content)}: expected transformers' fields by name, with a model_type.")
     model_type = content.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         hint = nearest(str(model_type), MODEL_TYPES)
         raise BackboneError(
             f"{name} is of model_type {shown(model_type)}, which cannot become a video model here.{hint} Supported "
@@ -157,7 +157,7 @@ def class_of(name: BackboneName, config: Any, wanted: str | None) -> type[nn.Mod
     import transformers
 
     possible = MODEL_TYPES[config.model_type]
-    published = (getattr(config, "architectures", None) or [None])[0]
+    published = architecture_of(config)
     chosen = wanted if wanted is not None else published if published in possible else possible[0]
     if chosen not in possible:
         raise BackboneError(f"architecture={shown(chosen)}: {name} can be loaded as {', '.join(possible)}.")
@@ -167,6 +167,12 @@ def class_of(name: BackboneName, config: Any, wanted: str | None) -> type[nn.Mod
             f"There are: {', '.join(possible)}."
         )
     return getattr(transformers, chosen)
+
+
+def architecture_of(config: Any) -> str | None:
+    """The class that a checkpoint was saved from, where its configuration says."""
+    named = getattr(config, "architectures", None)
+    return named[0] if isinstance(named, list) and named else None
 
 
 def override(config: Any, settings: dict[str, Any]) -> None:

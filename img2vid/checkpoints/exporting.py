@@ -152,7 +152,7 @@ def compare(model: VideoModel, dialect: Dialect, file: Foreign) -> list[str]:
     rate = own.backbone_args.get("drop_path_rate", 0.0)
     there = config.backbone_args.get("drop_path_rate", 0.0)
     if rate != there:
-        notes.append(f"stochastic depth in training: {rate} here, {there} there")
+        notes.append(f"stochastic depth in training: {rate:g} here, {there:g} there")
     if own.time_embed_resample != config.time_embed_resample and own.has_time_embed:
         notes.append(f"other numbers of frames: {own.time_embed_resample} here, {config.time_embed_resample} there")
     return notes
