@@ -12,6 +12,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from img2vid.config import VideoConfig
@@ -178,3 +179,5 @@ class Losses(pl.Callback):
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(250, exit=True)  # a hang says where it is
     run(**json.loads(sys.argv[1]))
+    if dist.is_initialized():  # or one exit in twenty aborts
+        dist.destroy_process_group()

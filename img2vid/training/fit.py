@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
@@ -113,4 +114,6 @@ def main(argv: Sequence[str]) -> int:
     except (Img2VidError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if dist.is_available() and dist.is_initialized():  # a process that ends with gloo's threads running may abort
+        dist.destroy_process_group()
     return 0
