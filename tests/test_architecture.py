@@ -13,7 +13,7 @@ ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
     {"_version", "errors"},
-    {"choices"},
+    {"choices", "leaving"},
     {"config", "overlay"},
     {"weights"},
     {"command", "options", "class_names", "proof.guarantees"},

@@ -437,6 +437,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from img2vid.config import VideoConfig
 from img2vid.model import VideoModel
+from img2vid.leaving import leave_processes
 from tests.conftest import randomize, small_vit
 
 dist.init_process_group("gloo")
@@ -457,7 +458,7 @@ state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=Tru
 if dist.get_rank() == 0:
     assert state.keys() == reference.state_dict().keys()
     assert all(torch.equal(state[k], v) for k, v in reference.state_dict().items())
-dist.destroy_process_group()
+leave_processes()
 """
     )
     root = Path(__file__).parents[1]

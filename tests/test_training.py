@@ -110,6 +110,7 @@ def test_the_command_line_leaves_the_group_of_processes(motion_set, tmp_path):
     options = [*given, f"--trainer.default_root_dir={tmp_path}", "--trainer.strategy=ddp"]
     assert main(["train", f"--config={ROOT}/configs/train/smoke.yaml", *options, f"--model.save_to={tmp_path}/m"]) == 0
     assert not torch.distributed.is_initialized()
+    assert not [name for task in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := task.read_text())]
 
 
 def test_a_checkpoint_overrides_neither_yaml_nor_command_line(motion_set, tmp_path, capsys):

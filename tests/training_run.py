@@ -12,11 +12,11 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from img2vid.config import VideoConfig
 from img2vid.data.module import VideoData
+from img2vid.leaving import leave_processes
 from img2vid.objectives import BalanceExperts, Classification, Contrastive, Distillation, WeightedSum
 from img2vid.training import Tuning, VideoTraining
 from img2vid.training.averaging import MovingAverage
@@ -179,5 +179,4 @@ class Losses(pl.Callback):
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(250, exit=True)  # a hang says where it is
     run(**json.loads(sys.argv[1]))
-    if dist.is_initialized():  # or one exit in twenty aborts
-        dist.destroy_process_group()
+    leave_processes()

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
@@ -20,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from img2vid.data.lists import read_list
 from img2vid.data.module import VideoData
 from img2vid.errors import Img2VidError
+from img2vid.leaving import leave_processes
 from img2vid.training import TrainingError, VideoTraining
 from img2vid.training.callbacks import Bar, Lines
 
@@ -114,6 +114,5 @@ def main(argv: Sequence[str]) -> int:
     except (Img2VidError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if dist.is_available() and dist.is_initialized():  # a process that ends with gloo's threads running may abort
-        dist.destroy_process_group()
+    leave_processes()
     return 0
