@@ -21,7 +21,7 @@ from torch import nn
 from img2vid.backbones import as_reference, describe
 from img2vid.beside import examples_beside
 from img2vid.errors import Img2VidError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.proof.evidence import (
     Comparison,
     compare,
@@ -36,6 +36,7 @@ from img2vid.proof.failures import failures
 from img2vid.proof.guarantees import Guarantee
 from img2vid.proof.liveness import Liveness, measure_liveness, three_acts
 from img2vid.temporal.infront import own_class
+from img2vid.two_towers import VideoTextModel
 from img2vid.weights.accounting import listed
 
 log = logging.getLogger("img2vid")  # commands show it

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from img2vid.backbones import Backbone
-    from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.model import VideoModel
+    from img2vid.two_towers import VideoTextModel
 
 
 def convert(
@@ -60,7 +61,7 @@ def convert(
     Raises:
         Img2VidError: what was given is unknown, unsupported, unavailable, or does not fit.
     """
-    from img2vid.model import build_model
+    from img2vid.two_towers import build_model
 
     settings = merge(backbone, config, settings)
     loaded = load(backbone, weights=weights, random_weights=random_weights, dtype=dtype, settings=settings)
@@ -225,9 +226,9 @@ def run(options: dict[str, Any]) -> int:
         from img2vid.backbones.tower import structural_copy
         from img2vid.certificate import certify
         from img2vid.checkpoints.native import check_replaceable, save
-        from img2vid.model import build_model
         from img2vid.proof.evidence import fingerprint, image_weights
         from img2vid.reporting import certificate_table, parameter_table
+        from img2vid.two_towers import build_model
 
         parse_name(backbone)  # a wrong name is told before a wrong folder, which may be made from it
         check_replaceable(out)

@@ -31,9 +31,10 @@ from img2vid.checkpoints.native import main_dtype
 from img2vid.checkpoints.rebuilding import build_backbone, tower_of
 from img2vid.config import VideoConfig, real_number, whole_number
 from img2vid.errors import BackboneError, Img2VidError
-from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.model import VideoModel
 from img2vid.proof.evidence import CLOSE, in_eval_mode, largest, make_clips
 from img2vid.temporal.pooling import first
+from img2vid.two_towers import VideoTextModel, build_model
 from img2vid.weights.accounting import load_weights
 
 

@@ -12,10 +12,11 @@ from rich.text import Text
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
     from img2vid.inspection import Inspection
-    from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.model import VideoModel
     from img2vid.proof.evidence import Comparison
     from img2vid.proof.liveness import Liveness
     from img2vid.tuning import LayerGroup
+    from img2vid.two_towers import VideoTextModel
 
 ORIGINS = {
     "pretrained": "under their own names",

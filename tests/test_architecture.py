@@ -25,6 +25,7 @@ TIERS = [
     {"weights.reloading"},
     {"checkpoints.saving"},
     {"model"},
+    {"two_towers"},
     {"proof", "tuning", "footprint"},
     {"certificate", "checkpoints"},
     {"grafts"},  # which models and guarantees ask for where a configuration names some

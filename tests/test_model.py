@@ -14,10 +14,11 @@ from img2vid.backbones.tower import structural_copy
 from img2vid.clips import ClipError
 from img2vid.config import VideoConfig
 from img2vid.errors import BackboneError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.infront import fronts_of
+from img2vid.two_towers import VideoTextModel
 from tests.conftest import randomize, small_clip, small_vit
 
 PRESERVING = [

@@ -15,8 +15,9 @@ from img2vid.backbones import as_reference, load_backbone, wrap_module
 from img2vid.backbones.hub import WeightsUnavailable
 from img2vid.cli import main as cli
 from img2vid.errors import BackboneError, Img2VidError, WeightsError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.tuning.groups import layer_groups
+from img2vid.two_towers import VideoTextModel
 from tests.conftest import randomize
 
 IMAGE = {

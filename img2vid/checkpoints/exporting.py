@@ -25,7 +25,8 @@ from img2vid.checkpoints.importing import DIALECTS, described
 from img2vid.checkpoints.native import separate
 from img2vid.config import one_of
 from img2vid.errors import WeightsError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
+from img2vid.two_towers import VideoTextModel
 from img2vid.weights.accounting import in_a_row
 from img2vid.weights.keytable import State
 

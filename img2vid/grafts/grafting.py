@@ -11,9 +11,10 @@ from torch import nn
 
 from img2vid.grafts.base import Graft, GraftError, Site, read_grafts
 from img2vid.grafts.fronts import PREFIX, WeightScion, put_on, take_off
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.infront import fronts_of
+from img2vid.two_towers import VideoTextModel
 
 
 def insert(video: VideoModel, grafts: Iterable[Graft]) -> None:

@@ -215,8 +215,8 @@ class SaveModel(pl.Callback):
         if not trainer.is_global_zero:
             return
         from img2vid.checkpoints.native import build_backbone, save
-        from img2vid.model import build_model
         from img2vid.training.movement import measure_movement
+        from img2vid.two_towers import build_model
 
         model = build_model(build_backbone(module.model.config), module.model.config)
         model.load_state_dict(state)
