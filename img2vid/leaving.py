@@ -17,4 +17,4 @@ def leave_processes() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()  # whoever still holds the group, as DDP does, goes, and the group's threads with it
-        time.sleep(0.2)  # where a mesh of devices keeps the group: its threads can have the interpreter's lock
+        time.sleep(0.2)  # where the group is kept, as a mesh of devices keeps it, its threads have time to finish
