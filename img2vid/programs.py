@@ -99,6 +99,27 @@ class Program(nn.Module):
         return self.model.config.tubelet_size
 
 
+class Checked(nn.Module):
+    """A trace that looks at what it is given: by itself it runs at sizes it was not recorded at, and is wrong there."""
+
+    def __init__(self, traced: nn.Module, program: Program, shape: list[int]) -> None:
+        super().__init__()
+        self.traced = traced
+        self.num_open = len(program.dynamic())
+        self.fixed = shape[self.num_open :]
+        self.divisor = 1 if program.text else program.tubelet_size
+        what = "token ids (B, L)" if program.text else "clips (B, T, C, H, W)"
+        self.expected = f"This program takes {what} of {self.fixed} after the open dimensions"
+        self.expected += f", T a multiple of {self.divisor}" if self.divisor > 1 else ""
+        self.expected += "" if program.text else ". For other sizes: img2vid export FOLDER --image-size HEIGHTxWIDTH"
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = list(x.shape)
+        if given[self.num_open :] != self.fixed or given[self.num_open - 1] % self.divisor != 0:
+            raise ValueError(f"{self.expected}; {given} given.")
+        return self.traced(x)
+
+
 def is_fused(model: nn.Module) -> bool:
     return any(getattr(owner, "fused", None) is not None for owner, _, _ in branches(model))
 
@@ -160,8 +181,10 @@ def write_torchscript(program: Program, path: Path, metadata: dict[str, str]) ->
         # that all of it is deprecated: who asks for this format is told in docs/export.md
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=FutureWarning)
         try:
-            traced = torch.jit.trace(program, program.example(*program.recorded_with), check_trace=False)
-            torch.jit.save(traced, path, _extra_files={METADATA: json.dumps(metadata)})
+            example = program.example(*program.recorded_with)
+            traced = torch.jit.trace(program, example, check_trace=False)
+            checked = torch.jit.script(Checked(traced, program, list(example.shape)))
+            torch.jit.save(checked, path, _extra_files={METADATA: json.dumps(metadata)})
         except RuntimeError as error:
             raise ExportError(f"TorchScript cannot record this model ({last_line(error)}). {INSTEAD}") from error
         return torch.jit.load(path, map_location=next(program.parameters()).device)

@@ -170,10 +170,19 @@ def test_a_vivit_whose_description_does_not_fit(change, message, hf_folders, tmp
         img2vid.import_checkpoint(alone)
 
 
+@pytest.mark.parametrize("shape", [(2,), (1, 1), (0,)])
+@pytest.mark.parametrize("key", ["visual.blocks.1.alpha_timeattn", "image_projection"])
+def test_what_is_reshaped_is_looked_at_first(key, shape, tmp_path):
+    state = {**made.lavila(), key: torch.zeros(shape)}
+    with pytest.raises(WeightsError, match=f"nothing was imported(.|\n)*{key}"):
+        img2vid.import_checkpoint(saved(tmp_path / "a.pth", state), "lavila", num_heads=HEADS)
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
         ("pos_embed", "lacks pos_embed, from which the size"),
+        ("time_embed", "lacks time_embed, from which the size"),  # and is no space-only model with 16 tensors too many
         ("patch_embed.proj.weight", "lacks patch_embed.proj.weight"),
         ("blocks.0.mlp.fc1.weight", "lacks blocks.0.mlp.fc1.weight"),
     ],
@@ -184,10 +193,34 @@ def test_keys_that_sizes_are_read_from(key, message, tmp_path):
         img2vid.import_checkpoint(path, "timesformer", num_heads=HEADS)
 
 
-def test_tables_of_another_number_of_axes(tmp_path):
-    state = {**made.timesformer(), "pos_embed": torch.zeros(17)}
-    with pytest.raises(WeightsError, match="its weights are not those of TimeSformer: IndexError"):
+@pytest.mark.parametrize("shape", [(), (0,), (17,), (1, 1, 1, 17, 48)])
+@pytest.mark.parametrize(
+    "key", ["pos_embed", "time_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight"]
+)
+def test_tensors_of_another_number_of_axes_that_sizes_are_read_from(key, shape, tmp_path):
+    state = {**made.timesformer(), key: torch.zeros(shape)}
+    with pytest.raises(WeightsError, match=f"{key}.* is {re.escape(str(shape))}, expected was .*nothing was imported"):
         img2vid.import_checkpoint(saved(tmp_path / "a.pth", state), num_heads=HEADS)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "key"),
+    [
+        ("timesformer", "blocks.0.attn.qkv.bias"),
+        ("timesformer", "blocks.0.temporal_attn.qkv.weight"),
+        ("timesformer", "blocks.0.temporal_fc.weight"),
+        ("timesformer", "head.bias"),
+        ("mmaction2-timesformer", "backbone.transformer_layers.layers.0.attentions.0.temporal_fc.weight"),
+        ("mmaction2-timesformer", "cls_head.fc_cls.bias"),
+        ("frozen-in-time", "video_model.blocks.0.attn.qkv.bias"),
+        ("frozen-in-time", "vid_proj.0.bias"),
+        ("lavila", "visual.blocks.0.alpha_timeattn"),
+    ],
+)
+def test_what_the_first_block_or_head_lacks_is_missing_and_not_too_much_elsewhere(dialect, key, tmp_path):
+    path = saved(tmp_path / "a.pth", without(MAKERS[dialect](), key))
+    with pytest.raises(WeightsError, match=f"1 missing:\n +{re.escape(key)}$"):
+        img2vid.import_checkpoint(path, dialect, num_heads=HEADS)
 
 
 def test_what_no_dialect_knows(tmp_path):
@@ -389,7 +422,7 @@ def test_published_sizes_are_recognised():
         ({"prefix_mode": "shared", "gate": "tanh"}, r"no place for 3 tensors .*\n +blocks.0.temporal_fc.alpha"),
         (
             {"prefix_mode": "shared", "temporal_layers": "last:2"},
-            "attention is 'divided_space_time' here, 'joint_space_time' there",
+            "temporal_layers is 'last:2' here, 'all' there",
         ),
         (
             {"prefix_mode": "shared", "quirks": ["block_input_residual"]},
@@ -679,6 +712,10 @@ def test_a_file_inside_a_folder_of_transformers_is_read_with_what_lies_beside_it
     state = {f"timesformer.{k}": v for k, v in load_file(tmp_path / "hf" / "model.safetensors").items()}
     unsaid = {key: value for key, value in config.items() if key != "model_type"}
     assert img2vid.import_checkpoint(folder(tmp_path / "by_names", state, **unsaid)).config.num_frames == 4
+    shifted = {key: tensor + 1 for key, tensor in load_file(tmp_path / "hf" / "model.safetensors").items()}
+    again = img2vid.import_checkpoint(saved(tmp_path / "hf" / "pytorch_model.bin", shifted))
+    assert torch.equal(again.base.pos_embed, model.base.pos_embed + 1)  # the file that was given, not its neighbour
+    assert again.blocks[0].norm1.eps == 1e-3
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,26 @@ def test_another_size_than_the_models_own(quirks, format, tmp_path):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (36, 36), (48, 48)])
+def test_no_program_computes_something_at_a_size_it_was_not_made_for(shape, tmp_path):
+    """A bare trace would: of as many patches it takes positions that are not theirs, and crops odd sizes."""
+    model = make(tubelet_size=2)
+    export_program(model, tmp_path / "model.ts", "torchscript")
+    program = torch.jit.load(tmp_path / "model.ts")
+    with torch.no_grad():
+        assert program(torch.zeros(1, 2, 3, 32, 32)).shape == (1, 48)
+        message = (
+            r"takes clips \(B, T, C, H, W\) of \[3, 32, 32\](.|\n)*--image-size HEIGHTxWIDTH; \[1, 4, 3, {}, {}\] given"
+        )
+        with pytest.raises(Exception, match=message.format(*shape)):
+            program(torch.zeros(1, 4, 3, *shape))
+        with pytest.raises(Exception, match="T a multiple of 2"):
+            program(torch.zeros(1, 3, 3, 32, 32))
+    export_program(make(small_clip()), tmp_path / "text.ts", "torchscript", text=True)
+    with pytest.raises(Exception, match=r"takes token ids \(B, L\) of \[\d+\]"):
+        torch.jit.load(tmp_path / "text.ts")(torch.ones(1, 5, dtype=torch.long))
+
+
 def test_sizes_that_cannot_be(tmp_path):
     with pytest.raises(img2vid.Img2VidError, match="30 x 30|30"):
         export_program(make(), tmp_path / "a.onnx", "onnx", image_size=30)

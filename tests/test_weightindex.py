@@ -78,3 +78,14 @@ def test_a_damaged_index_is_said(tmp_path, weight_map):
     (tmp_path / "w.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(WeightsError, match="weight_map"):
         read_state_dict(tmp_path / "w.index.json")
+
+
+def test_an_index_of_indexes_is_refused(tmp_path):
+    """It may name itself, and would be read for ever."""
+    (tmp_path / "w.index.json").write_text(json.dumps({"weight_map": {"x": "w.index.json"}}))
+    with pytest.raises(WeightsError, match=r"names w\.index\.json, which is no weights file but an index itself"):
+        read_state_dict(tmp_path / "w.index.json")
+    (tmp_path / "v.bin").write_text(json.dumps({"weight_map": {"x": "u.bin"}}))
+    (tmp_path / "u.bin").write_text(json.dumps({"weight_map": {"x": "v.bin"}}))
+    with pytest.raises(WeightsError, match=r"v\.bin names u\.bin, which is no weights file but an index"):
+        read_state_dict(tmp_path / "v.bin")

@@ -21,6 +21,19 @@ log = logging.getLogger("img2vid")  # commands show it
 _unannounced: ContextVar[bool] = ContextVar("_unannounced", default=False)
 _to_be_loaded: ContextVar[bool] = ContextVar("_to_be_loaded", default=False)
 _one_at_a_time = threading.RLock()  # of the threads that change how modules take parameters
+# arguments by which timm's and open_clip's factories load weights themselves, and how safely
+LOADING = (
+    "checkpoint_path",
+    "load_weights",
+    "pretrained",
+    "pretrained_hf",
+    "pretrained_image",
+    "pretrained_image_path",
+    "pretrained_text",
+    "pretrained_text_path",
+    "require_pretrained",
+    "weights_only",
+)
 
 
 @contextmanager
@@ -76,8 +89,9 @@ def building(name: str, arguments: dict[str, Any]) -> Iterator[None]:
     """Turn whatever a factory raises, which depends on where its arguments first make no sense, into one error.
 
     Raises:
-        BackboneError: the factory failed.
+        BackboneError: the factory failed, or would load weights that nobody accounts for.
     """
+    check_arguments(name, arguments)
     try:
         yield
     except (Img2VidError, OSError):  # these are clear, or about fetching
@@ -89,6 +103,16 @@ def building(name: str, arguments: dict[str, Any]) -> Iterator[None]:
             f"{name} cannot be built{given}: {type(error).__name__}: {lines[:400]}"
             + (". Arguments that change the architecture need --random-weights." if "size mismatch" in lines else "")
         ) from error
+
+
+def check_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Refuse arguments that load weights: factories skip what does not fit, and ``config.json`` could name any file."""
+    given = [argument for argument in LOADING if argument in arguments]
+    if given:
+        raise BackboneError(
+            f"{', '.join(given)}: {name} takes no weights by its arguments, since what does not fit would be left out "
+            "in silence. Give a file with --weights FILE (in Python: weights=FILE), or the name of pretrained ones."
+        )
 
 
 def say_loading(name: str, model: nn.Module, weights: str | Path | None, random_weights: bool, part: str = "") -> None:

@@ -178,8 +178,9 @@ def fetch_text_config(name: BackboneName) -> None:
     except ModuleNotFoundError as error:
         raise BackboneError(f"The text tower of {name} needs transformers: pip install 'img2vid[hf]'.") from error
     what = f"the Hugging Face config {hub_name}, from which the text tower of {name} is built, with any weights"
-    with fetching(what, (ONLINE, "choose a model with open_clip's own text tower, such as clip_b32 or nano_clip")):
-        AutoConfig.from_pretrained(hub_name)
+    ways_out = (ONLINE, "choose a model with open_clip's own text tower, such as clip_b32 or nano_clip")
+    with building(str(name), {}), fetching(what, ways_out):
+        AutoConfig.from_pretrained(hub_name, trust_remote_code=False)  # and it will not ask either
 
 
 def tag_arguments(name: BackboneName) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from img2vid.backbones.building import building, say_loading, set_norm_eps, will
 from img2vid.backbones.hub import fetching
 from img2vid.backbones.names import EXPECTED, BackboneName
 from img2vid.backbones.reading import BLOCKS, block_kind
-from img2vid.backbones.timm_weights import load_file
+from img2vid.backbones.timm_weights import accounted, load_file
 from img2vid.backbones.tower import Backbone, ImageTower, Preprocess
 from img2vid.backbones.widening import set_heads
 from img2vid.config import shown
@@ -84,7 +84,11 @@ def load_timm(
     report = LoadReport()
     say_loading(str(name), model, weights, random_weights)
     if weights is None and not random_weights:
-        with building(str(name), described), fetching(f"the pretrained weights of {name}"):
+        with (
+            building(str(name), described),
+            fetching(f"the pretrained weights of {name}"),
+            accounted(full_name) as report,
+        ):
             model = timm.create_model(full_name, pretrained=True, **arguments)
         source = f"timm {full_name}"
         set_norm_eps(model, norm_eps)

@@ -310,7 +310,7 @@ def load_tokenizer(name: BackboneName) -> Any:
         if not os.path.isdir(place):
             raise BackboneError(f"There is no folder {place}, where the tokenizer was. Give another with --tokenizer.")
         try:
-            return with_words(AutoTokenizer.from_pretrained(place), place)
+            return with_words(AutoTokenizer.from_pretrained(place, trust_remote_code=False), place)
         except BackboneError:
             raise
         except Exception as error:  # of many kinds, by what of the tokenizer's files is missing
@@ -321,7 +321,7 @@ def load_tokenizer(name: BackboneName) -> Any:
             ) from error
     ways_out = (LOCAL_WAY, ONLINE, "or make token ids yourself, with the tokenizer the text tower was trained with")
     with building(str(name), {}), fetching(f"the tokenizer of {name}", ways_out):
-        return with_words(AutoTokenizer.from_pretrained(place), place)
+        return with_words(AutoTokenizer.from_pretrained(place, trust_remote_code=False), place)
 
 
 def with_words(tokenizer: Any, place: str) -> Any:

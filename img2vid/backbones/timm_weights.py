@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.models import vision_transformer
+from timm.models import _builder, vision_transformer
 from torch import Tensor, nn
 
 from img2vid.backbones.activations import activations_of, set_activation
 from img2vid.backbones.building import set_norm_eps
 from img2vid.backbones.image_files import ImageFile, read_image_file
 from img2vid.errors import WeightsError
-from img2vid.weights.accounting import LoadReport, in_a_row, load_weights, short
+from img2vid.weights.accounting import LoadReport, in_a_row, listed, load_weights, short
 
 DECODER_KEYS = [r"decoder_(embed|pred|norm)\.(weight|bias)", r"decoder_pos_embed", r"decoder_blocks\..*", r"mask_token"]
 CLASSIFIER_KEYS = [r"(head|head_dist|fc|head\.fc)\.(weight|bias)"]
@@ -59,6 +59,43 @@ def load_file(model: nn.Module, path: str | Path) -> tuple[LoadReport, dict[str,
             f"{columns} x {rows} would have fitted too."
         )
     return report, take_function(model, file, report)
+
+
+@contextmanager
+def accounted(name: str) -> Iterator[LoadReport]:
+    """Inside, pretrained weights that timm itself loads fill all parameters; the report has what they hold beyond.
+
+    Without a classifier timm loads with ``strict=False``: what arguments have added would stay as it was drawn.
+
+    Raises:
+        WeightsError: parameters that the weights do not hold.
+    """
+    report, load = LoadReport(), _builder.load_pretrained
+
+    def note(model: nn.Module, keys: Any) -> None:
+        learned = {key for key, _ in model.named_parameters()}  # tables are computed
+        report.missing += sorted(learned.intersection(keys.missing_keys))
+        report.dropped += sorted(keys.unexpected_keys)
+
+    def noting(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        hook = model.register_load_state_dict_post_hook(note)
+        try:
+            load(model, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    with WATCHING:
+        _builder.load_pretrained = noting
+        try:
+            yield report
+        finally:
+            _builder.load_pretrained = load
+    if report.missing:
+        raise WeightsError(
+            f"The pretrained weights of {name} do not fill this model, timm would leave these at random:\n"
+            f"{listed(report.missing)}\nArguments that change the architecture need --random-weights, or --weights "
+            "FILE with weights of that architecture."
+        )
 
 
 def check_heads(model: nn.Module, file: ImageFile, path: str | Path) -> None:

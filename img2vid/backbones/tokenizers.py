@@ -11,6 +11,7 @@ from torch import Tensor
 from img2vid.backbones.hub import ONLINE, fetching
 from img2vid.backbones.names import parse_name
 from img2vid.errors import BackboneError
+from img2vid.weights.files import short
 
 
 def tokenize(model: Any, texts: list[str]) -> Tensor:
@@ -55,12 +56,20 @@ def tokenizer_for(backbone: str | None) -> Callable[[list[str]], Tensor]:
     if name.library != "open_clip":
         raise BackboneError(f"{backbone} has no text tower, so there is nothing to tokenize for.")
     import open_clip
+    from open_clip.factory import get_model_config
 
     ways_out = [ONLINE, "or make token ids yourself, with the tokenizer the text tower was trained with"]
     if name.scheme == "local-dir:":
         ways_out.insert(0, f"put the tokenizer's files into {name.place}, where open_clip looks for them")
     try:
         with fetching(f"the tokenizer of {backbone}", ways_out):
-            return open_clip.get_tokenizer(name.architecture)
+            text = (get_model_config(name.architecture) or {}).get("text_cfg", {})
+            # what describes a model may ask for this, and get the code run that lies beside it
+            never = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+            return open_clip.get_tokenizer(name.architecture, **never)
+    except BackboneError:
+        raise
     except ModuleNotFoundError as error:
         raise BackboneError(f"The tokenizer of {backbone} needs {error.name}: pip install 'img2vid[hf]'.") from error
+    except (TypeError, ValueError) as error:
+        raise BackboneError(f"The tokenizer that {backbone} describes cannot be built: {short(error)}.") from error

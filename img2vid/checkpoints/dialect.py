@@ -19,9 +19,9 @@ from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.native import HEADER
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
-from img2vid.weights.accounting import LoadReport, matches, read_weights
+from img2vid.weights.accounting import LoadReport, matches, read_state_dict, read_weights
 from img2vid.weights.index import SUFFIX
-from img2vid.weights.keytable import State, Table, to_ours, to_theirs
+from img2vid.weights.keytable import State, Table, pattern, to_ours, to_theirs
 
 if TYPE_CHECKING:
     from img2vid.model import VideoModel
@@ -45,21 +45,41 @@ class Foreign:
             WeightsError: it cannot be read, or holds no weights.
         """
         path = Path(path)
-        beside = path.parent if path.name.removesuffix(SUFFIX) in FILES and path.is_file() else None
-        if beside is not None and "model_type" in (read_json(beside / CONFIG) or {}):
-            path = beside  # heads, activation and eps are in the folder, and not in the weights
-        if not path.is_dir():
+        folder = path if path.is_dir() else path.parent
+        has_name = path.is_file() and path.name.removesuffix(SUFFIX) in FILES
+        if not path.is_dir() and not (has_name and "model_type" in (read_json(folder / CONFIG) or {})):
             file = read_weights(path)
             if is_ours(path):  # by names alone it could pass for a TimeSformer
                 raise WeightsError(f"{path} already is a model of img2vid: img2vid.load({str(path.parent)!r}).")
             return cls(path, file.state, notes=file.notes, num_heads=num_heads)
-        config = read_config(path)  # says what the folder is, before weights are looked for
-        return cls(path, read_folder(path), config, read_pixels(path), num_heads=num_heads)
+        # heads, activation and eps are in the folder, and not in the weights
+        config = read_config(folder)  # says what the folder is, before weights are looked for
+        state = read_folder(path) if path.is_dir() else read_state_dict(path)  # there may be another file beside it
+        return cls(folder, state, config, read_pixels(folder), num_heads=num_heads)
 
-    def require(self, key: str) -> Tensor:
-        if key not in self.state:
-            raise WeightsError(f"{self.path} lacks {key}, from which the size of the model is read.")
-        return self.state[key]
+    def require(self, key: str, axes: str) -> Tensor:
+        """A tensor that sizes are read from, one letter of ``axes`` for each of its axes."""
+        tensor = self.state.get(key)
+        if tensor is None:
+            raise WeightsError(
+                f"{self.path} lacks {key}, from which the size of the model is read; nothing was imported."
+            )
+        if tensor.ndim != len(axes.split()) or not tensor.numel():
+            raise WeightsError(
+                f"{self.path}: {key} is {tuple(tensor.shape)}, expected was ({', '.join(axes.split())}); the size of "
+                "the model is read from it, so nothing was imported."
+            )
+        return tensor
+
+    def has(self, row: str) -> bool:
+        """Whether any block has it: of a file that lacks it in one block, accounting can then say so."""
+        return any(pattern(row).fullmatch(key) for key in self.state)
+
+    def num_outputs(self, linear: str) -> int | None:
+        """Rows of a last projection, such as the number of classes; None where there is none."""
+        if f"{linear}.weight" in self.state:
+            return len(self.require(f"{linear}.weight", "outputs inputs"))
+        return len(self.require(f"{linear}.bias", "outputs")) if f"{linear}.bias" in self.state else None
 
 
 def is_ours(path: Path) -> bool:

@@ -60,11 +60,12 @@ def described_tower(
     named = Foreign(file.path, state, notes=file.notes, num_heads=file.num_heads)
     conv = f"{prefix}patch_embed.proj"
     sizes = sizes_of(named, block=f"{prefix}blocks.{{i}}.", conv=conv, fc1="mlp.fc1", qkv="attn.qkv.bias")
-    image_size = square(file, named.require(f"{prefix}pos_embed").shape[1] - 1, sizes["patch_size"])
-    projected = {"num_classes": len(state[f"{head}.bias"])} if f"{head}.bias" in state else {}
+    image_size = square(named, f"{prefix}pos_embed", sizes["patch_size"])
+    projection = named.num_outputs(head)
+    projected = {} if projection is None else {"num_classes": projection}
     return VideoConfig(
         **plain_vit(**sizes, image_size=image_size, **projected, **(arguments or {})),
-        num_frames=named.require(f"{prefix}temporal_embed").shape[1],
+        num_frames=named.require(f"{prefix}temporal_embed", "1 T D").shape[1],
         **settings,
     )
 

@@ -52,10 +52,9 @@ def describe(file: Foreign) -> VideoConfig:
     else:  # a bare state dict of that name: everything but the heads can be seen
         conv = f"{PREFIX}embeddings.patch_embeddings.projection"
         sizes = sizes_of(named, block=layer, conv=conv, fc1="intermediate.dense", qkv="attention.attention.qkv.bias")
-        num_places = named.require(f"{PREFIX}embeddings.position_embeddings").shape[1] - 1
-        sizes["image_size"], drop_path = square(file, num_places, sizes["patch_size"]), DROP_PATH
-    temporal = layer.replace("{i}", "0") + "temporal_dense.weight"
-    settings = time_settings(named, f"{PREFIX}embeddings.time_embeddings", temporal, "classifier.bias")
+        sizes["image_size"] = square(named, f"{PREFIX}embeddings.position_embeddings", sizes["patch_size"])
+        drop_path = DROP_PATH
+    settings = time_settings(named, f"{PREFIX}embeddings.time_embeddings", f"{layer}temporal_dense", "classifier")
     if file.config is not None and file.config.get("attention_type", "divided_space_time") != settings["attention"]:
         raise WeightsError(
             f"{file.path}: config.json says attention_type {file.config.get('attention_type')!r}, but the weights are "

@@ -32,8 +32,8 @@ PROJECTION = "image_projection"  # (D, E), without bias, in models with OpenAI's
 
 def unpack(state: State, config: VideoConfig | None = None) -> State:
     """A gate is one number, of shape (1) with us; a projection is a Linear, whose bias is zero where they have none."""
-    state = {key: tensor.reshape(1) if key.endswith(".alpha_timeattn") else tensor for key, tensor in state.items()}
-    if PROJECTION in state:
+    state = {key: t.reshape(1) if key.endswith(".alpha_timeattn") and t.ndim == 0 else t for key, t in state.items()}
+    if PROJECTION in state and state[PROJECTION].ndim == 2:
         weight = state.pop(PROJECTION).T.contiguous()
         bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
         state |= {f"{PROJECTION}.0.weight": weight, f"{PROJECTION}.0.bias": bias}
@@ -52,6 +52,7 @@ def pack(state: State, config: VideoConfig) -> State:
 
 def describe(file: Foreign) -> VideoConfig:
     state = unpack(LAVILA.with_prefix(file.state))
+    named = Foreign(file.path, state)
     is_clip = f"{PREFIX}ln_pre.weight" in state
     if file.pixels is None and not is_clip:  # its towers without CLIP's weights saw ImageNet's statistics
         file.pixels = FROZEN_IN_TIME.pixels
@@ -62,8 +63,8 @@ def describe(file: Foreign) -> VideoConfig:
         PREFIX,
         head=f"{PROJECTION}.0",
         arguments=clip,
-        gate="tanh" if f"{PREFIX}blocks.0.alpha_timeattn" in state else "none",
-        num_classes=len(state["fc_cls.bias"]) if "fc_cls.bias" in state else None,
+        gate="tanh" if named.has(f"{PREFIX}blocks.{{i}}.alpha_timeattn") else "none",
+        num_classes=named.num_outputs("fc_cls"),
         **{**SETTINGS, "quirks": (*SETTINGS["quirks"], *(["time_before_norm_pre"] if is_clip else []))},
     )
 

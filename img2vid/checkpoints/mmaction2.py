@@ -74,11 +74,10 @@ def describe(file: Foreign) -> VideoConfig:
     named = Foreign(file.path, state, notes=file.notes, num_heads=file.num_heads)
     conv = "backbone.patch_embed.projection"
     sizes = sizes_of(named, block=f"{LAYER}.", conv=conv, fc1="ffns.0.layers.0.0", qkv="attentions.1.attn.in_proj_bias")
-    num_places = named.require("backbone.pos_embed").shape[1] - 1
-    temporal = f"{LAYER}.attentions.0.temporal_fc.weight".replace("{i}", "0")
+    image_size = square(named, "backbone.pos_embed", sizes["patch_size"])
     return VideoConfig(
-        **plain_vit(**sizes, image_size=square(file, num_places, sizes["patch_size"]), drop_path_rate=DROP_PATH),
-        **time_settings(named, "backbone.time_embed", temporal, "cls_head.fc_cls.bias"),
+        **plain_vit(**sizes, image_size=image_size, drop_path_rate=DROP_PATH),
+        **time_settings(named, "backbone.time_embed", f"{LAYER}.attentions.0.temporal_fc", "cls_head.fc_cls"),
     )
 
 

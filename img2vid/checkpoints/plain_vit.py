@@ -71,28 +71,31 @@ def plain_vit(
     }
 
 
-def heads_of(file: Foreign, dim: int) -> int:
+def heads_of(file: Foreign, dim: int, said_by: str) -> int:
     """Heads as given; else 64 wide each, as in every published ViT of these dialects, and said so."""
     if file.num_heads is not None:
         if file.num_heads < 1 or dim % file.num_heads:
-            raise WeightsError(f"num_heads={file.num_heads}, but tokens of {dim} do not divide into so many heads.")
+            raise WeightsError(
+                f"num_heads={file.num_heads}, but tokens of {dim} (by {said_by}) do not divide into so many heads."
+            )
         return file.num_heads
     if dim % 64:
         raise WeightsError(
-            f"{file.path} does not say how many attention heads it has, and its tokens of {dim} are no multiple of 64. "
-            "Give num_heads (--num-heads)."
+            f"{file.path} does not say how many attention heads it has, and its tokens of {dim} (by {said_by}) are no "
+            "multiple of 64. Give num_heads (--num-heads)."
         )
     file.notes.append(f"{dim // 64} attention heads, 64 wide each; no state dict says how many (--num-heads).")
     return dim // 64
 
 
-def square(file: Foreign, num_places: int, patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Pixels of the square image whose patches have ``num_places`` positions."""
+def square(file: Foreign, table: str, patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Pixels of the square image whose patches, after a class token, have their positions in ``table``."""
+    num_places = file.require(table, "1 1+N D").shape[1] - 1
     side = math.isqrt(num_places)
-    if side**2 != num_places:
+    if side**2 != num_places or not side:
         raise WeightsError(
-            f"{file.path} has positions for {num_places} patches, which are no square, as "
-            "those of published models are."
+            f"{file.path}: {table} has positions for {num_places} patches, which are no square, as those of published "
+            "models are."
         )
     return side * patch_size[0], side * patch_size[1]
 
@@ -105,7 +108,7 @@ def sizes_of(file: Foreign, *, block: str, conv: str, fc1: str, qkv: str) -> dic
         conv, fc1, qkv: names of the patch projection, and inside a block of the MLP's first and the attention's input
             projection.
     """
-    weight = file.require(f"{conv}.weight")  # (D, C, ..., h, w)
+    weight = file.require(f"{conv}.weight", "D C h w")
     dim = weight.shape[0]
     numbers = [re.match(re.escape(block).replace(re.escape("{i}"), r"(\d+)"), key) for key in file.state]
     depth = 1 + max((int(found[1]) for found in numbers if found), default=0)
@@ -113,11 +116,11 @@ def sizes_of(file: Foreign, *, block: str, conv: str, fc1: str, qkv: str) -> dic
     return {
         "dim": dim,
         "depth": depth,
-        "num_heads": heads_of(file, dim),
-        "hidden": file.require(f"{first}{fc1}.weight").shape[0],
+        "num_heads": heads_of(file, dim, f"{conv}.weight"),
+        "hidden": file.require(f"{first}{fc1}.weight", "hidden D").shape[0],
         "patch_size": tuple(weight.shape[-2:]),
         "in_channels": weight.shape[1],
-        "qkv_bias": f"{first}{qkv}" in file.state,
+        "qkv_bias": file.has(block + qkv),
     }
 
 

@@ -46,28 +46,28 @@ NEAREST = ("nearest_positions",)  # at other image sizes; MMAction2's takes none
 
 def describe(file: Foreign) -> VideoConfig:
     sizes = sizes_of(file, block="blocks.{i}.", conv="patch_embed.proj", fc1="mlp.fc1", qkv="attn.qkv.bias")
-    num_places = file.require("pos_embed").shape[1] - 1
-    settings = time_settings(file, "time_embed", "blocks.0.temporal_attn.qkv.weight", "head.bias")
+    settings = time_settings(file, "time_embed", "blocks.{i}.temporal_fc", "head")
     settings["quirks"] += NEAREST
     return VideoConfig(
-        **plain_vit(**sizes, image_size=square(file, num_places, sizes["patch_size"]), drop_path_rate=DROP_PATH),
+        **plain_vit(**sizes, image_size=square(file, "pos_embed", sizes["patch_size"]), drop_path_rate=DROP_PATH),
         **settings,
     )
 
 
 def time_settings(file: Foreign, time_embed: str, temporal: str, head: str) -> dict:
     """What kind of attention a file's keys show, for all models that are TimeSformers under whatever names."""
-    if time_embed not in file.state:
+    is_divided = file.has(temporal)
+    if time_embed in file.state or is_divided:
+        attention = "divided_space_time" if is_divided else "joint_space_time"
+        num_frames = file.require(time_embed, "1 T D").shape[1]
+    else:
         attention, num_frames = "space_only", FRAMES
         file.notes.append(f"No {time_embed}, so it is space_only; T is not in the file and was set to {FRAMES}.")
-    else:
-        attention = "divided_space_time" if temporal in file.state else "joint_space_time"
-        num_frames = file.state[time_embed].shape[1]
     return {
         "attention": attention,
         "num_frames": num_frames,
         "time_embed_resample": "nearest",
-        "num_classes": file.state[head].shape[0] if head in file.state else None,
+        "num_classes": file.num_outputs(head),
         **ATTENTION_SETTINGS[attention],
     }
 

@@ -81,11 +81,11 @@ def describe(file: Foreign) -> VideoConfig:
         )
     state = VIVIT.with_prefix(file.state)
     tubelet_size, *patch_size = config["tubelet_size"]
-    steps, table = config["num_frames"] // tubelet_size, state.get(POSITIONS)
-    num_places = -1 if table is None else table.shape[1] - 1
+    steps, named = config["num_frames"] // tubelet_size, Foreign(file.path, state)
     sizes = from_hf(file, {"hidden_act": "gelu_fast", "layer_norm_eps": 1e-6, **config})
     expected = steps * (sizes["image_size"][0] // patch_size[0]) * (sizes["image_size"][1] // patch_size[1])
-    if num_places not in (-1, expected):  # -1: not there, which accounting will say
+    has_table = POSITIONS in state  # else accounting will say
+    if has_table and (num_places := named.require(POSITIONS, "1 1+T*N D").shape[1] - 1) != expected:
         raise WeightsError(
             f"{file.path}: {POSITIONS} is for {num_places} patches, but config.json describes {expected} ({steps} "
             f"tubelets of {sizes['image_size'][0]} x {sizes['image_size'][1]} pixels)."
@@ -97,7 +97,7 @@ def describe(file: Foreign) -> VideoConfig:
         num_frames=config["num_frames"],
         tubelet_size=tubelet_size,
         time_embed="per_patch",
-        num_classes=state["classifier.bias"].shape[0] if "classifier.bias" in state else None,
+        num_classes=named.num_outputs("classifier"),
     )
 
 

@@ -77,6 +77,8 @@ def read_index(path: Path, files: dict[str, list[str]], read: Callable[[Path], o
     state: dict[str, Tensor] = {}
     with counting(bytes_of(path)):
         for name, tensors in files.items():
+            if files_of_index(path.with_name(name)) is not None:  # at worst this one, and so on for ever
+                raise WeightsError(f"{path} names {name}, which is no weights file but an index itself.")
             content = read(path.with_name(name))
             found = content.keys() if isinstance(content, dict) else set()
             problems = {"lacks": sorted(set(tensors) - found), "also holds": sorted(map(str, found - set(tensors)))}
