@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from img2vid.command import Progress, run_command
+from img2vid.command import Parser, Progress, run_command
 from img2vid.config import ConfigError, VideoConfig, shown
 from img2vid.errors import nearest
 from img2vid.options import (
@@ -180,7 +180,7 @@ NAMES = ("backbone", "weights", "random_weights", "dtype", "out", "certify_frame
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="img2vid convert",
         usage="%(prog)s --backbone NAME [options]",
         description=(convert.__doc__ or "").split("\n")[0],

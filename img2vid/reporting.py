@@ -203,7 +203,7 @@ def layer_cells(groups: list[LayerGroup]) -> list[str]:
 
 
 def optimizer_table(groups: list[dict[str, Any]]) -> Table:
-    """Parameter groups of an optimiser: at which rate what trains."""
+    """Parameter groups of an optimiser: at which rate what trains; a schedule multiplies these rates."""
     table = Table(title="Parameter groups", title_justify="left", title_style="bold")
     table.add_column("group")
     for header in ("learning rate", "weight decay", "tensors", "parameters"):
@@ -212,9 +212,8 @@ def optimizer_table(groups: list[dict[str, Any]]) -> Table:
     for group in groups:
         count = sum(parameter.numel() for parameter in group["params"])
         total += count
-        table.add_row(
-            group["name"], f"{group['lr']:.3g}", f"{group['weight_decay']:g}", str(len(group["params"])), f"{count:,}"
-        )
+        rate = f"{group.get('initial_lr', group['lr']):.3g}"
+        table.add_row(group["name"], rate, f"{group['weight_decay']:g}", str(len(group["params"])), f"{count:,}")
     table.add_section()
     table.add_row("total", "", "", str(sum(len(group["params"]) for group in groups)), f"{total:,}")
     return table

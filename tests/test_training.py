@@ -153,6 +153,26 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(motion_set, tmp_path, ca
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.video.numframes=4"], "Did you mean 'model.video.num_frames'"),
+        (["--config=typo.yaml"], "does not accept option 'data.batchsize'. Did you mean 'data.batch_size'"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        ([], "Give a recipe: --config configs/train/smoke.yaml"),
+    ],
+    ids=["option", "key", "file", "nothing"],
+)
+def test_options_that_do_not_exist_are_answered_in_one_line(tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    Path("typo.yaml").write_text("data: {batchsize: 4}\n")
+    with pytest.raises(SystemExit) as left:
+        main(["train", *options])
+    assert left.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: ") and words in said[0]
+
+
 def test_start_from_and_backbone_exclude_each_other(tmp_path):
     with pytest.raises(ConfigError, match="start_from has its own weights"):
         VideoTraining(VideoConfig("nano_clip"), Contrastive(), start_from=str(tmp_path))

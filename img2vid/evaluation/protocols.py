@@ -87,7 +87,7 @@ def expand(path: Path, protocol: str, format: str, split: int, subset: str) -> l
         names = wanted.get(protocol, [f"testlist{split:02d}"])
         return [(name, {"path": path / f"{name}.txt", "format": "ucf101"}) for name in names]
     found = guess_format(path) if format == "auto" and path.exists() else format
-    given = {"path": path, "format": found}
+    given = {"path": path, "format": format}
     if found == "hmdb51" and several:
         subsets = ["test"] if protocol == "splits" else ["train", "test"]
         return [(f"split {s} {name}", {**given, "split": s, "subset": name}) for s in (1, 2, 3) for name in subsets]
