@@ -137,12 +137,18 @@ def rounds(
     """The rounds of a protocol over the readable, labelled ``rows``.
 
     Raises:
-        EvaluationError: an unknown protocol, one whose files are not given, or a round without videos.
+        EvaluationError: an unknown protocol, files not given or of another one, or a round without videos.
     """
     if protocol not in PROTOCOLS:
         raise EvaluationError(
             f"protocol={protocol!r}: expected one of {', '.join(PROTOCOLS)}.{nearest(protocol, PROTOCOLS)}"
         )
+    for option, given, takes in (
+        ("--class-splits", class_splits, "class-splits"),
+        ("--base-classes", base_classes, "base-to-novel"),
+    ):
+        if given and protocol != takes:
+            raise EvaluationError(f"{option} is read by protocol {takes!r} alone; given with protocol {protocol!r}.")
     readable, names = set(rows), lists.videos.class_names
     if protocol in ("list", "all"):
         made = [Round("all" if protocol == "all" else "list", tuple(rows))]

@@ -92,6 +92,7 @@ def test_spaces_commas_and_quotes_in_plain_lists(tmp_path, text, expected):
     [
         ("l.csv", "video,label\na.mp4,3\n", "row 1: 'video,label' is a header"),
         ("l.txt", "Path\tLabel\na.mp4\trun\n", "is a header"),
+        ("l.csv", "pth,label\na.mp4,run\n", "row 1: 'pth,label' is a header"),
         ("l.txt", "frames/a.mp4 120 3\n", "row 1: .* more than one number"),
         ("l.txt", "a.mp4 3\nb.mp4 golf\n", "row 2: label 'golf' is a name, but '3' .*row 1. is a number"),
         ("l.txt", "a.mp4 -1\nb.mp4 -1\n", "row 1: label '-1': class numbers are 0, 1, 2"),
