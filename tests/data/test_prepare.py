@@ -90,7 +90,7 @@ def test_a_failure_leaves_no_file(listed):
 
 def test_a_missing_video_is_called_what_it_is_called_elsewhere(tmp_path, capsys):
     (tmp_path / "list.csv").write_text("path,label\ngone.mp4,0\n")
-    assert prepare.main([str(tmp_path / "list.csv"), str(tmp_path / "out"), "--num-workers", "0"]) == 1
+    assert prepare.main([str(tmp_path / "list.csv"), str(tmp_path / "out"), "--num-workers", "1"]) == 1
     printed = capsys.readouterr().out
     assert f"failed: {tmp_path}/list.csv row 2: {tmp_path}/gone.mp4: no such file" in printed and "Errno" not in printed
 
