@@ -66,6 +66,7 @@ class Certificate:
     text_difference: float | None = None
     later: float | None = None  # of a causal model: how far a frame's feature moves when only later ones change
     mixes_frames: bool = True  # whether frames are meant to know of each other
+    rounding: float = 0.0  # what of exchange, leak and later is rounding: 0 but where a graft rounds by batch
     at_step_0: bool = False  # the model comes straight from its conversion, so nothing can have moved its gates
 
     @property
@@ -86,13 +87,13 @@ class Certificate:
     def separate(self) -> bool:
         """Whether clips of a batch know nothing of each other, nor, along time, patches of other positions; in a causal
         model, frames nothing of later ones."""
-        apart = self.leak == 0.0 and self.later in (None, 0.0)
+        apart = self.leak <= self.rounding and (self.later is None or self.later <= self.rounding)  # False for nan
         return apart and all(layer.stray in (None, 0.0) for layer in self.liveness)
 
     @property
     def alive(self) -> bool:
         """Whether every inserted layer can learn, and frames can know of each other where the design says so."""
-        connected = (self.exchange > 0.0) == self.mixes_frames
+        connected = (self.exchange > self.rounding) == self.mixes_frames
         return connected and all(layer.alive for layer in self.liveness)
 
     @property
@@ -203,6 +204,7 @@ def certify(
         closed_difference=acts.closed,
         exchange=acts.exchange,
         leak=acts.leak,
+        rounding=acts.rounding,
         later=acts.later,
         liveness=liveness,
         expected_alive=video.config.temporal_init != "zeros",

@@ -101,7 +101,7 @@ def exchange_text(certificate: Certificate) -> str:
     moved = f"a frame's feature moves by {certificate.exchange:.3g} when only the other frames change"
     if certificate.later is not None:
         moved = f"{moved}, by {certificate.later:.3g} when only later ones do (causal)"
-    if certificate.leak != 0.0:
+    if not certificate.leak <= certificate.rounding:  # nan too
         return f"{moved}, but by {certificate.leak:.3g} too when only other clips of the batch change"
     strays = [layer.layer for layer in certificate.liveness if layer.stray not in (None, 0.0)]
     if strays:

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch.func import functional_call
 
@@ -238,3 +239,36 @@ def test_the_parameters_are_those_of_the_experts_and_a_router():
     model, dim = with_experts(num_experts=5), 48
     mlp = sum(p.numel() for p in small_vit().blocks[0].mlp.parameters())
     assert num_parameters(model, "experts") == 3 * (5 * mlp + 5 * dim)
+
+
+@pytest.mark.parametrize("settings", [{}, {"causal": True}, {"attention": "space_only"}], ids=str)
+def test_how_many_rows_a_product_has_is_no_leak_and_a_leak_is_one(monkeypatch, settings):
+    """Norms behind MLPs hand on the last bit of what they made; an expert that looks at the batch hands on more."""
+
+    def build():
+        torch.manual_seed(0)
+        base = timm.create_model("vit_base_patch16_rpn_224", embed_dim=48, depth=2, num_heads=4, img_size=32)
+        for parameter in base.parameters():  # as trained: fresh ones have norms of nearly zero
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+        return base
+
+    model = convert(build(), num_frames=4, grafts=[{"type": "experts", "layers": "all"}], **settings)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def by_rows(self, x, chosen, own=Experts.sparse):  # as kernels may: the last digits, by how many tokens ask
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.zero_experts)).to(x.dtype)
+        return own(self, x, chosen) * (1 + torch.finfo(x.dtype).eps * (counts[chosen] % 7)).unsqueeze(-1)
+
+    monkeypatch.setattr(Experts, "sparse", by_rows)
+    certificate = img2vid.certify(model, build(), num_frames=[1, 2])
+    assert certificate.ok and 0.0 < certificate.leak <= certificate.rounding < 1e-8
+    after = model.state_dict()
+    assert all(after[name].dtype == t.dtype and torch.equal(after[name], t) for name, t in before.items())
+
+    def leaking(self, x, chosen, own=Experts.dense):
+        return own(self, x, chosen) + 1e-5 * x.flatten(0, -2).mean(dim=0)
+
+    monkeypatch.setattr(Experts, "sparse", leaking)
+    certificate = img2vid.certify(model, build(), num_frames=[1, 2])
+    assert not certificate.separate and certificate.held
+    assert "clips of a batch see each other" in " ".join(certificate.failures)

@@ -88,6 +88,10 @@ class Graft:
     def guarantee(self) -> Guarantee:
         return Guarantee("any clip, bit for bit on the same folded batch", dict.fromkeys(KINDS, "bitwise"))
 
+    def rounds_by_batch(self) -> bool:
+        """Whether a clip's features may round otherwise beside other clips: the certificate then looks in double."""
+        return False
+
     def planted(self, video: VideoModel) -> None:
         """What else changes in a model once it is in; ``uprooted`` changes it back."""
 

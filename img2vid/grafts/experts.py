@@ -231,6 +231,9 @@ class Upcycling(Graft):
     def grow(self, video: VideoModel, site: Site) -> Experts:
         return Experts(site.host, site.about["dim"], self.num_experts, self.top_k, self.compute)
 
+    def rounds_by_batch(self) -> bool:
+        return self.compute == "sparse"  # an expert's matrix product has as many rows as tokens of the batch ask for it
+
     def guarantee(self) -> Guarantee:
         if self.compute == "dense":
             return super().guarantee()

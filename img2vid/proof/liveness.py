@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from img2vid.model import VideoModel
 from img2vid.origins import scion_of
-from img2vid.proof.evidence import Size, largest, make_clips
+from img2vid.proof.evidence import CLOSE, Size, largest, make_clips
 from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.pooling import first
@@ -33,6 +33,7 @@ class Acts:
     exchange: float  # gates opened by noise: how far a frame's feature moves when only the other frames change
     leak: float  # and how far a clip's features move when only the other clips of the batch change
     later: float | None  # and a frame's when only later frames change; None where it may see them
+    rounding: float = 0.0  # what of these three is rounding alone
 
 
 @torch.no_grad()
@@ -56,17 +57,51 @@ def three_acts(video: VideoModel, generator: torch.Generator, as_trained: bool, 
             noise = std * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise.to(parameter.device, parameter.dtype))
         opened = output(clips)
-        num_own = video.config.tubelet_size
-        exchange = largest(opened[:, -1] - output(swap_others(clips, num_own))[:, -1])
-        leak = largest(opened[0] - output(torch.cat([clips[:1], -clips[1:]]))[0])
-        changed = torch.cat([clips[:, :num_own], -clips[:, num_own:]], dim=1)
-        later = largest(opened[:, 0] - output(changed)[:, 0]) if video.config.causal else None
+        if any(graft.rounds_by_batch() for graft in video.grafts):
+            with in_double(video):
+                seen = sight(video, clips.double())
+        else:
+            seen = sight(video, clips)
     if not gates:
-        return Acts(None, None, exchange, leak, later)
+        return Acts(None, None, *seen)
     if as_trained:
         opened = output(clips)
     with video.gates_closed():
-        return Acts(largest(opened - base), largest(output(clips) - base), exchange, leak, later)
+        return Acts(largest(opened - base), largest(output(clips) - base), *seen)
+
+
+def sight(video: VideoModel, clips: Tensor) -> tuple[float, float, float | None, float]:
+    """``Acts.exchange``, ``leak``, ``later`` and ``rounding`` of a model as it stands."""
+
+    def output(clips: Tensor) -> Tensor:  # (B, T, D)
+        return first(video.frame_features(clips))
+
+    opened, num_own = output(clips), video.config.tubelet_size
+    exchange = largest(opened[:, -1] - output(swap_others(clips, num_own))[:, -1])
+    leak = largest(opened[0] - output(torch.cat([clips[:1], -clips[1:]]))[0])
+    changed = torch.cat([clips[:, :num_own], -clips[:, num_own:]], dim=1)
+    later = largest(opened[:, 0] - output(changed)[:, 0]) if video.config.causal else None
+    rounds = any(graft.rounds_by_batch() for graft in video.grafts)
+    return exchange, leak, later, CLOSE[clips.dtype] * largest(opened) if rounds else 0.0
+
+
+@contextmanager
+def in_double(model: nn.Module) -> Iterator[None]:
+    """All of it in double precision, where rounding shrinks by nine digits and a leak does not; then as it was.
+
+    A tolerance in the model's own precision would be no use: where rounding tips a router's choice, features move by
+    as much as they would of a leak.
+    """
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        model.double()
+        yield
+    finally:
+        for parameter, data in weights:
+            parameter.data = data
+        for module, kept in buffers:
+            module._buffers.update(kept)
 
 
 def swap_others(x: Tensor, num_own: int = 1) -> Tensor:
