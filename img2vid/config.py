@@ -50,6 +50,7 @@ MOST = {
     "tubelet_size": 65_536,
     "encoder_layers": 128,
     "num_classes": 1_000_000,
+    "num_channels": 65_536,
     "image_size": 16_384,
 }
 

@@ -157,7 +157,12 @@ def test_one_of_three_projections(part, hf_folders, tmp_path):
     [
         ({"num_frames": 8}, "is for 32 patches, but config.json describes 64"),
         ({"tubelet_size": [4, 8, 8]}, "is for 32 patches, but config.json describes 16"),
-        ({"tubelet_size": 2}, "config.json is not that of transformers' ViViT"),
+        (
+            {"tubelet_size": 2},
+            "config.json is not that of transformers' ViViT: tubelet_size=2: expected .frames, height",
+        ),
+        ({"tubelet_size": []}, r"tubelet_size=\[\]: expected \[frames, height, width\]"),
+        ({"tubelet_size": [2, 8, 8, 8]}, r"tubelet_size=\[2, 8, 8, 8\]: expected"),
     ],
 )
 def test_a_vivit_whose_description_does_not_fit(change, message, hf_folders, tmp_path):
@@ -332,6 +337,13 @@ def test_folders_that_are_not_quite_right(tmp_path):
         "size": ({"image_size": "32"}, "image_size='32'"),
         "words": ({"hidden_size": "wide"}, "config.json is not that of transformers' TimeSformer"),
         "other": ({"model_type": "videomae"}, "of no video dialect"),
+        "types": ({"model_type": ["timesformer"]}, "of no video dialect"),
+        "nan": ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan: expected a number"),
+        "null": ({"layer_norm_eps": None}, "layer_norm_eps=None: expected a number"),
+        "patch": ({"patch_size": [8, 8, 8]}, r"patch_size=\[8, 8, 8\]: expected a whole number"),
+        "always": ({"drop_path_rate": 1.5}, "drop_path_rate=1.5: expected a number of at least 0 and below 1"),
+        "biased": ({"qkv_bias": "false"}, "qkv_bias='false': expected true or false"),
+        "many": ({"num_channels": 2**40}, "num_channels=1099511627776: expected a whole number of at most"),
     }
     for name, (change, message) in cases.items():
         with pytest.raises(WeightsError, match=message):

@@ -409,6 +409,28 @@ def test_folders_that_hold_something_else(tmp_path):
         convert("timm:vit_base_patch16_224", path)
 
 
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"image_mean": []},
+        {"image_mean": [0.5]},
+        {"image_mean": ["a", "b", "c"]},
+        {"image_std": [0.5, 0.0, 0.5]},
+        {"image_std": [0.5, float("nan"), 0.5]},
+        {"image_std": 0.5},
+        {"rescale_factor": 0},
+        {"rescale_factor": float("nan")},
+        {"resample": [2]},
+    ],
+    ids=str,
+)
+def test_pixels_that_cannot_be(described, tmp_path):
+    """A model would be made of them that takes everything to nan, or to the pixels of another model."""
+    theirs = oracle(transformers.ViTModel, transformers.ViTConfig(**VISION))
+    with pytest.raises(WeightsError, match=r"preprocessor_config\.json describes no normalisation of pixels"):
+        convert("timm:vit_base_patch16_224", folder(theirs, tmp_path / "hf", **described))
+
+
 def test_activations_are_told_apart():
     plain, tanh = nn.Sequential(nn.GELU()), nn.Sequential(nn.GELU(approximate="tanh"))
     assert activations_of(plain) == ["gelu"]
@@ -421,3 +443,5 @@ def test_activations_are_told_apart():
         img2vid.convert("nano_clip", backbone_args={"activation": {"texts": "gelu"}})
     with pytest.raises(BackboneError, match="norm_eps='small': expected a number"):
         img2vid.convert("vit_tiny", random_weights=True, backbone_args={"norm_eps": "small"})
+    with pytest.raises(BackboneError, match="norm_eps=nan: expected a number"):
+        img2vid.convert("vit_tiny", random_weights=True, backbone_args={"norm_eps": float("nan")})

@@ -367,6 +367,7 @@ BAD = [
     ("hf:empty", "holds no config.json"),
     ("hf:bert", "model_type 'bert'.*Supported of transformers are clip, "),
     ("hf:swin", "model_type 'swin'"),
+    ("hf:listed", r"model_type \['clip'\]"),
     ("hf:broken", "cannot be read as JSON"),
     ("hf:partial", "layernorm.bias"),
     ("hf:foreign", "has no place for.*surprise"),
@@ -379,7 +380,8 @@ def test_bad_input_is_one_clear_error(name, message, tmp_path, monkeypatch, caps
     from safetensors.torch import load_file, save_file
 
     monkeypatch.chdir(tmp_path)
-    for folder, content in (("bert", '{"model_type": "bert"}'), ("swin", '{"model_type": "swin"}'), ("broken", "{")):
+    types = {"bert": '"bert"', "swin": '"swin"', "listed": '["clip"]'}
+    for folder, content in [("broken", "{"), *((key, f'{{"model_type": {value}}}') for key, value in types.items())]:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(content)
     (tmp_path / "empty").mkdir()

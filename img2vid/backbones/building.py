@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,8 @@ def set_norm_eps(model: nn.Module, eps: float | dict[str, float] | None) -> None
         return
     by_path = eps if isinstance(eps, dict) else {"": eps}
     norms = {path: module for path, module in model.named_modules() if isinstance(getattr(module, "eps", None), float)}
-    wrong = [path for path, value in by_path.items() if path not in ("", *norms) or not isinstance(value, float)]
+    wrong = [path for path in by_path if path not in ("", *norms)]
+    wrong += [path for path, value in by_path.items() if not isinstance(value, float) or not 0.0 <= value < inf]
     if wrong or not norms:
         raise BackboneError(
             f"norm_eps={shown(eps)}: expected a number such as 1e-12, or numbers by the path of a norm. "

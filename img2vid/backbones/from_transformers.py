@@ -140,7 +140,7 @@ def fetch_config(name: BackboneName, arguments: dict[str, Any]) -> Any:
     if not isinstance(content, dict):
         raise BackboneError(f"config={shown(content)}: expected transformers' fields by name, with a model_type.")
     model_type = content.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         hint = nearest(str(model_type), MODEL_TYPES)
         raise BackboneError(
             f"{name} is of model_type {shown(model_type)}, which cannot become a video model here.{hint} Supported "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from img2vid.backbones.tower import Preprocess
+from img2vid.config import shown
 from img2vid.errors import WeightsError
 from img2vid.weights.accounting import read_state_dict
 from img2vid.weights.index import SUFFIX
@@ -64,18 +66,32 @@ def pixel_statistics(described: dict[str, Any], path: Path) -> Preprocess | None
     """What an image processor of transformers does to bytes, as mean and deviation of pixels in 0..1.
 
     It computes ``((byte * rescale_factor - offset) - mean) / std``, each step if it is asked for.
+
+    Raises:
+        WeightsError: no numbers of pixels come of it.
     """
     try:
         factor = described.get("rescale_factor", 1 / 255) if described.get("do_rescale", True) else 1.0
         offset = 1.0 if described.get("offset") else 0.0
         normalises = described.get("do_normalize", True)
-        mean = described.get("image_mean") or [0.5] * 3 if normalises else [0.0] * 3
-        std = described.get("image_std") or [0.5] * 3 if normalises else [1.0] * 3
+        mean, std = ([0.5] * 3 if described.get(key) is None else described[key] for key in ("image_mean", "image_std"))
+        mean, std = (mean, std) if normalises else ([0.0] * 3, [1.0] * 3)
         scale = 255.0 * factor
-        return Preprocess(
+        pixels = Preprocess(
             tuple((offset + m) / scale for m in mean),
             tuple(s / scale for s in std),
             RESAMPLING.get(described.get("resample"), "bilinear"),
         )
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, ZeroDivisionError, OverflowError) as error:
         raise WeightsError(f"{path} describes no normalisation of pixels: {error}") from error
+    channels = zip(pixels.mean, pixels.std, strict=False)
+    if (
+        not pixels.mean
+        or len(pixels.mean) != len(pixels.std)
+        or not all(isfinite(m) and 0 < s < inf for m, s in channels)
+    ):
+        raise WeightsError(
+            f"{path} describes no normalisation of pixels: it comes to a mean of {shown(pixels.mean)} and a deviation "
+            f"of {shown(pixels.std)}, expected one number a channel, no deviation of 0."
+        )
+    return pixels

@@ -12,7 +12,7 @@ from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.dialect import Dialect, Foreign
 from img2vid.checkpoints.plain_vit import from_hf, plain_vit, sizes_of, square, to_hf
 from img2vid.checkpoints.timesformer import DROP_PATH, NEAREST, time_settings
-from img2vid.config import VideoConfig
+from img2vid.config import VideoConfig, real_number, whole_number
 from img2vid.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def describe(file: Foreign) -> VideoConfig:
     layer = f"{PREFIX}encoder.layer.{{i}}."
     if file.config is not None:
         config = file.config
-        patch = config["patch_size"]
+        patch = whole_number("patch_size", config["patch_size"])
         sizes = {**from_hf(file, config), "patch_size": (patch, patch)}
-        drop_path = config.get("drop_path_rate", 0.0)
+        drop_path = real_number("drop_path_rate", config.get("drop_path_rate", 0.0), least=0.0, below=1.0)
     else:  # a bare state dict of that name: everything but the heads can be seen
         conv = f"{PREFIX}embeddings.patch_embeddings.projection"
         sizes = sizes_of(named, block=layer, conv=conv, fc1="intermediate.dense", qkv="attention.attention.qkv.bias")

@@ -109,7 +109,7 @@ def detect(file: Foreign) -> Dialect:
     if len(found) == 1:
         return found[0]
     model_type = (file.config or {}).get("model_type")
-    if model_type in MODEL_TYPES:
+    if isinstance(model_type, str) and model_type in MODEL_TYPES:
         raise WeightsError(
             f"{file.path} is transformers' {model_type!r}, an image model. It is not imported but converted: img2vid "
             f"convert --backbone hf:{file.path}"

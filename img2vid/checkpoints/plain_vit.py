@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from img2vid.backbones.activations import HF_NAMES, name_of
 from img2vid.checkpoints.dialect import Foreign
 from img2vid.class_names import to_id2label
-from img2vid.config import ConfigError, image_size_pair, whole_number
+from img2vid.config import MOST, ConfigError, image_size_pair, real_number, shown, whole_number
 from img2vid.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -138,17 +138,19 @@ def from_hf(file: Foreign, config: dict[str, Any]) -> dict[str, Any]:
             f"num_attention_heads is {config['num_attention_heads']}, which hidden_size {config['hidden_size']} does "
             "not divide into."
         )
-    size = image_size_pair(config["image_size"])
+    size, qkv_bias = image_size_pair(config["image_size"]), config.get("qkv_bias", True)
+    if not isinstance(qkv_bias, bool):
+        raise ConfigError(f"qkv_bias={shown(qkv_bias)}: expected true or false.")
     return {
         "dim": config["hidden_size"],
         "depth": config["num_hidden_layers"],
         "num_heads": config["num_attention_heads"],
         "hidden": config["intermediate_size"],
         "image_size": size,
-        "in_channels": config.get("num_channels", 3),
-        "qkv_bias": config.get("qkv_bias", True),
+        "in_channels": whole_number("num_channels", config.get("num_channels", 3), most=MOST["num_channels"]),
+        "qkv_bias": qkv_bias,
         "activation": HF_NAMES[act],
-        "norm_eps": config.get("layer_norm_eps", EPS),
+        "norm_eps": real_number("layer_norm_eps", config.get("layer_norm_eps", EPS), least=0.0),
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from img2vid.backbones.tower import Preprocess
 from img2vid.checkpoints.dialect import Dialect, Foreign
 from img2vid.checkpoints.plain_vit import from_hf, plain_vit, to_hf
-from img2vid.config import VideoConfig
+from img2vid.config import ConfigError, VideoConfig, shown, whole_number
 from img2vid.errors import WeightsError
 from img2vid.weights.keytable import State
 
@@ -80,7 +80,9 @@ def describe(file: Foreign) -> VideoConfig:
             "not in its weights. Give the folder."
         )
     state = VIVIT.with_prefix(file.state)
-    tubelet_size, *patch_size = config["tubelet_size"]
+    if not isinstance(config["tubelet_size"], list) or len(config["tubelet_size"]) != 3:
+        raise ConfigError(f"tubelet_size={shown(config['tubelet_size'])}: expected [frames, height, width].")
+    tubelet_size, *patch_size = (whole_number("each of tubelet_size", number) for number in config["tubelet_size"])
     steps, named = config["num_frames"] // tubelet_size, Foreign(file.path, state)
     sizes = from_hf(file, {"hidden_act": "gelu_fast", "layer_norm_eps": 1e-6, **config})
     expected = steps * (sizes["image_size"][0] // patch_size[0]) * (sizes["image_size"][1] // patch_size[1])
