@@ -86,8 +86,8 @@ def grow(
     """
     video, config = tower_of(model), model.config
     before = len(video.tower.blocks)
-    refuse_impossible(video)
     depth = before if depth is None else whole_number("depth", depth, least=before)
+    refuse_impossible(video, is_deeper=depth > before)
     mlp_ratio = None if mlp_ratio is None else real_number("mlp_ratio", mlp_ratio, least=1e-6)
     blocks = spread(before, depth)
     grown = build(config, blocks, mlp_ratio, heads, video)
@@ -115,7 +115,7 @@ def grow(
     return grown, compare(video, tower_of(grown), blocks, hidden, (counts[0], counts[1]))
 
 
-def refuse_impossible(video: VideoModel) -> None:
+def refuse_impossible(video: VideoModel, is_deeper: bool) -> None:
     config = video.config
     if config.backbone is None:
         raise GrowthError(
@@ -124,9 +124,10 @@ def refuse_impossible(video: VideoModel) -> None:
         )
     if config.grafts:
         raise GrowthError("A model with grafts cannot be grown; fold them or take them off first: img2vid graft.")
-    if read_block(video.tower.blocks[0][1]).post_norm:
+    if is_deeper and read_block(video.tower.blocks[0][1]).post_norm:
         raise GrowthError(
-            "In blocks with their norm after attention, zero weights are no identity; it cannot be grown."
+            "In blocks with their norm after attention, zero weights are no identity, so there is no depth to add. "
+            "They can be wider: mlp_ratio, heads."
         )
 
 

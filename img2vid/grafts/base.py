@@ -161,6 +161,8 @@ def read_graft(given: Any) -> Graft:
 
 def read_grafts(given: Any) -> tuple[Graft, ...]:
     """Several of them, each of a name of its own."""
+    if isinstance(given, (str, Mapping)):
+        raise ConfigError(f"grafts={shown(given)}: expected a list of them, [{shown(given)}].")
     grafts = tuple(read_graft(one) for one in given)
     names = [graft.name for graft in grafts]
     for name in names:
