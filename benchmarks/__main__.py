@@ -152,6 +152,8 @@ def say(group: str, case: dict[str, Any]) -> None:
 
 
 def save(results: dict[str, Any], out: Path) -> None:
+    if out.is_dir():
+        raise SystemExit(f"error: results cannot be written to {out}: it is a folder; name a file in it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(out.name + ".new")

@@ -1,6 +1,6 @@
 """How long reading takes, as ratios against the same work done with each library directly; decord is 1.00.
 
-    python benchmarks/decode.py VIDEO ... [--num-frames 8] [--short-side 256] [--repeats 5]
+    python -m benchmarks.decode VIDEO ... [--num-frames 8] [--short-side 256] [--repeats 5]
 
 The work: 8 uniform frames at a short side of 256 pixels, one thread, files in the page cache. Processor time is
 measured, not the clock, so that other work on the machine does not count, and readers take turns on every file. The

@@ -30,8 +30,9 @@ from benchmarks.trials import END
 from img2vid.backbones import load_backbone
 from img2vid.config import VideoConfig
 from img2vid.footprint import Footprint, measure, measure_on_nothing
-from img2vid.model import VideoModel, build_model
+from img2vid.model import VideoModel
 from img2vid.tuning import Tuning, eval_frozen, freeze
+from img2vid.two_towers import build_model
 
 FOLDER = trials.CONFIG.parent / "recipes"
 NAMES = ("full", "temporal_only", "lora", "aim", "st_adapter", "vpt", "linear_probe")

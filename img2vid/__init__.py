@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from img2vid.errors import Img2VidError
     from img2vid.grafts import graft
     from img2vid.inspection import inspect
-    from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.model import VideoModel
+    from img2vid.two_towers import VideoTextModel
 
 PUBLIC = {
     "Certificate": "img2vid.certificate",
     "Img2VidError": "img2vid.errors",
     "VideoConfig": "img2vid.config",
     "VideoModel": "img2vid.model",
-    "VideoTextModel": "img2vid.model",
+    "VideoTextModel": "img2vid.two_towers",
     "certify": "img2vid.certificate",
     "convert": "img2vid.convert",
     "export_checkpoint": "img2vid.checkpoints.exporting",

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from img2vid.config import shown
 from img2vid.errors import Img2VidError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.temporal.infront import own_class
+from img2vid.two_towers import VideoTextModel
 
 SUPPORTED = "CoCa of open_clip (coca_b32, coca_l14) and BLIP of transformers (hf:..., BlipForConditionalGeneration)"
 

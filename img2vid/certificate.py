@@ -21,7 +21,7 @@ from torch import nn
 from img2vid.backbones import as_reference, describe
 from img2vid.beside import examples_beside
 from img2vid.errors import Img2VidError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.proof.evidence import (
     Comparison,
     compare,
@@ -36,6 +36,7 @@ from img2vid.proof.failures import failures
 from img2vid.proof.guarantees import Guarantee
 from img2vid.proof.liveness import Liveness, measure_liveness, three_acts
 from img2vid.temporal.infront import own_class
+from img2vid.two_towers import VideoTextModel
 from img2vid.weights.accounting import listed
 
 log = logging.getLogger("img2vid")  # commands show it
@@ -65,6 +66,7 @@ class Certificate:
     text_difference: float | None = None
     later: float | None = None  # of a causal model: how far a frame's feature moves when only later ones change
     mixes_frames: bool = True  # whether frames are meant to know of each other
+    rounding: float = 0.0  # what of exchange, leak and later may be rounding, where groups of tokens depend on all
     at_step_0: bool = False  # the model comes straight from its conversion, so nothing can have moved its gates
 
     @property
@@ -85,13 +87,13 @@ class Certificate:
     def separate(self) -> bool:
         """Whether clips of a batch know nothing of each other, nor, along time, patches of other positions; in a causal
         model, frames nothing of later ones."""
-        apart = self.leak == 0.0 and self.later in (None, 0.0)
+        apart = self.leak <= self.rounding and (self.later is None or self.later <= self.rounding)  # False for nan
         return apart and all(layer.stray in (None, 0.0) for layer in self.liveness)
 
     @property
     def alive(self) -> bool:
         """Whether every inserted layer can learn, and frames can know of each other where the design says so."""
-        connected = (self.exchange > 0.0) == self.mixes_frames
+        connected = (self.exchange > self.rounding) == self.mixes_frames
         return connected and all(layer.alive for layer in self.liveness)
 
     @property
@@ -203,6 +205,7 @@ def certify(
         exchange=acts.exchange,
         leak=acts.leak,
         later=acts.later,
+        rounding=acts.rounding,
         liveness=liveness,
         expected_alive=video.config.temporal_init != "zeros",
         weights_now=fingerprint(own),

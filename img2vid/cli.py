@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from img2vid._version import __version__
 from img2vid.command import run_command
+from img2vid.errors import Img2VidError, nearest
 
 # word -> (its module, what it does), or (words of its own, what they are for)
 COMMANDS: dict[str, tuple] = {
@@ -68,6 +69,12 @@ def dispatch(argv: list[str], prog: str = "img2vid", commands: dict = COMMANDS, 
     parser = word_parser(prog, about, commands)
     if prog == "img2vid":
         parser.add_argument("--version", action="version", version=f"img2vid {__version__}")
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    if not argv[0].startswith("-") and argv[0] not in commands:
+        meant = nearest(argv[0], commands)
+        raise Img2VidError(f"There is no command {prog} {argv[0]}.{meant} {prog} --help lists all of them.")
     word = parser.parse_args(argv[:1]).command
     module, about = commands[word]
     if isinstance(module, dict):

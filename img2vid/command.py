@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from img2vid.config import shown
-from img2vid.errors import Img2VidError
+from img2vid.errors import Img2VidError, nearest
 from img2vid.weights.bytecount import Watcher, watching
 
 if TYPE_CHECKING:
@@ -56,6 +58,14 @@ def run_command(command: Callable[[], int]) -> int:
     if not writable(sys.stdout):
         sys.stdout = None
     return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Says which option may have been meant by one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (?:[^-]\S* )*(-[^\s=]+)", message)
+        super().error(message + (f".{nearest(unknown[1], self._option_string_actions, 3)}" if unknown else ""))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,7 +16,8 @@ from img2vid.checkpoints.native import build_backbone
 from img2vid.class_names import checked_class_names
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
-from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.model import VideoModel
+from img2vid.two_towers import VideoTextModel, build_model
 from img2vid.weights.accounting import load_weights
 
 ENTRY = "img2vid"  # what training notes in its checkpoints, besides lightning's own entries

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from img2vid.command import Progress, run_command
+from img2vid.command import Parser, Progress, run_command
 from img2vid.config import ConfigError, VideoConfig, shown
 from img2vid.errors import nearest
 from img2vid.options import (
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from img2vid.backbones import Backbone
-    from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.model import VideoModel
+    from img2vid.two_towers import VideoTextModel
 
 
 def convert(
@@ -60,7 +61,7 @@ def convert(
     Raises:
         Img2VidError: what was given is unknown, unsupported, unavailable, or does not fit.
     """
-    from img2vid.model import build_model
+    from img2vid.two_towers import build_model
 
     settings = merge(backbone, config, settings)
     loaded = load(backbone, weights=weights, random_weights=random_weights, dtype=dtype, settings=settings)
@@ -179,7 +180,7 @@ NAMES = ("backbone", "weights", "random_weights", "dtype", "out", "certify_frame
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="img2vid convert",
         usage="%(prog)s --backbone NAME [options]",
         description=(convert.__doc__ or "").split("\n")[0],
@@ -225,9 +226,9 @@ def run(options: dict[str, Any]) -> int:
         from img2vid.backbones.tower import structural_copy
         from img2vid.certificate import certify
         from img2vid.checkpoints.native import check_replaceable, save
-        from img2vid.model import build_model
         from img2vid.proof.evidence import fingerprint, image_weights
         from img2vid.reporting import certificate_table, parameter_table
+        from img2vid.two_towers import build_model
 
         parse_name(backbone)  # a wrong name is told before a wrong folder, which may be made from it
         check_replaceable(out)

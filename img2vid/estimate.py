@@ -14,9 +14,10 @@ from img2vid.backbones import load_backbone
 from img2vid.choices import OPTIMIZER_STATES, TRAINING_PRECISIONS
 from img2vid.config import ConfigError, VideoConfig, one_of
 from img2vid.footprint import Footprint, measure_on_nothing
-from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.model import VideoModel
 from img2vid.tuning import freeze, layer_groups
 from img2vid.tuning.groups import image_tower_of
+from img2vid.two_towers import VideoTextModel, build_model
 
 # peak dense TFLOP/s of one NVIDIA A100 (its data sheet): without tensor cores for 32-true, with them otherwise
 A100_TFLOPS = {"32-true": 19.5, "bf16-mixed": 312.0, "16-mixed": 312.0, "bf16-true": 312.0}

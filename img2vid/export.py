@@ -21,7 +21,7 @@ from img2vid.checkpoints.exporting import umask_of, write_file
 from img2vid.checkpoints.native import describe_model, main_dtype, separate
 from img2vid.choices import PROGRAM_FORMATS
 from img2vid.config import image_size_pair, one_of
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.programs import (
     INSTEAD,
     WRITERS,
@@ -34,6 +34,7 @@ from img2vid.programs import (
     least_steps,
     need_onnx,
 )
+from img2vid.two_towers import VideoTextModel
 
 # largest difference from eager, as a share of the largest output
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from img2vid.beside import examples_beside
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.temporal.pooling import first
+from img2vid.two_towers import VideoTextModel
 
 aten = torch.ops.aten
 # torch counts the fused attention of GPUs; the same formulas hold for that of CPUs

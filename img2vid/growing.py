@@ -31,9 +31,10 @@ from img2vid.checkpoints.native import main_dtype
 from img2vid.checkpoints.rebuilding import build_backbone, tower_of
 from img2vid.config import VideoConfig, real_number, whole_number
 from img2vid.errors import BackboneError, Img2VidError
-from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.model import VideoModel
 from img2vid.proof.evidence import CLOSE, in_eval_mode, largest, make_clips
 from img2vid.temporal.pooling import first
+from img2vid.two_towers import VideoTextModel, build_model
 from img2vid.weights.accounting import load_weights
 
 
@@ -85,8 +86,8 @@ def grow(
     """
     video, config = tower_of(model), model.config
     before = len(video.tower.blocks)
-    refuse_impossible(video)
     depth = before if depth is None else whole_number("depth", depth, least=before)
+    refuse_impossible(video, is_deeper=depth > before)
     mlp_ratio = None if mlp_ratio is None else real_number("mlp_ratio", mlp_ratio, least=1e-6)
     blocks = spread(before, depth)
     grown = build(config, blocks, mlp_ratio, heads, video)
@@ -114,7 +115,7 @@ def grow(
     return grown, compare(video, tower_of(grown), blocks, hidden, (counts[0], counts[1]))
 
 
-def refuse_impossible(video: VideoModel) -> None:
+def refuse_impossible(video: VideoModel, is_deeper: bool) -> None:
     config = video.config
     if config.backbone is None:
         raise GrowthError(
@@ -123,9 +124,10 @@ def refuse_impossible(video: VideoModel) -> None:
         )
     if config.grafts:
         raise GrowthError("A model with grafts cannot be grown; fold them or take them off first: img2vid graft.")
-    if read_block(video.tower.blocks[0][1]).post_norm:
+    if is_deeper and read_block(video.tower.blocks[0][1]).post_norm:
         raise GrowthError(
-            "In blocks with their norm after attention, zero weights are no identity; it cannot be grown."
+            "In blocks with their norm after attention, zero weights are no identity, so there is no depth to add. "
+            "They can be wider: mlp_ratio, heads."
         )
 
 

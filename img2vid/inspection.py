@@ -17,11 +17,12 @@ from img2vid.beside import examples_beside
 from img2vid.checkpoints.native import read_description
 from img2vid.config import DIVIDED_ONLY, ConfigError, VideoConfig, shown
 from img2vid.errors import WeightsError
-from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.model import VideoModel
 from img2vid.proof.guarantees import Guarantee
 from img2vid.surgery import refuse_impossible
 from img2vid.temporal.infront import own_class
 from img2vid.temporal.pooling import first
+from img2vid.two_towers import VideoTextModel, build_model
 
 
 @dataclass

@@ -32,9 +32,10 @@ from img2vid.checkpoints.native import (
 )
 from img2vid.config import VideoConfig
 from img2vid.errors import Img2VidError, WeightsError
-from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.model import VideoModel
 from img2vid.proof.guarantees import Guarantee
 from img2vid.tuning.groups import image_tower_of
+from img2vid.two_towers import VideoTextModel, build_model
 from img2vid.weights.accounting import load_weights, read_state_dict
 
 TANH_GATES = r"(.*\.)?temporal_fc\.alpha"

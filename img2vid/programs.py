@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from img2vid._version import __version__
 from img2vid.checkpoints.native import main_dtype
 from img2vid.errors import Img2VidError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.temporal.fusing import branches
 from img2vid.temporal.pooling import first
 from img2vid.temporal.unchanged import as_last_seen
+from img2vid.two_towers import VideoTextModel
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # the extra "export"
 METADATA = "img2vid.json"  # where torch.export and TorchScript keep what ONNX keeps in its metadata

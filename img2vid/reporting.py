@@ -12,10 +12,11 @@ from rich.text import Text
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
     from img2vid.inspection import Inspection
-    from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.model import VideoModel
     from img2vid.proof.evidence import Comparison
     from img2vid.proof.liveness import Liveness
     from img2vid.tuning import LayerGroup
+    from img2vid.two_towers import VideoTextModel
 
 ORIGINS = {
     "pretrained": "under their own names",
@@ -100,7 +101,7 @@ def exchange_text(certificate: Certificate) -> str:
     moved = f"a frame's feature moves by {certificate.exchange:.3g} when only the other frames change"
     if certificate.later is not None:
         moved = f"{moved}, by {certificate.later:.3g} when only later ones do (causal)"
-    if certificate.leak != 0.0:
+    if not certificate.leak <= certificate.rounding:
         return f"{moved}, but by {certificate.leak:.3g} too when only other clips of the batch change"
     strays = [layer.layer for layer in certificate.liveness if layer.stray not in (None, 0.0)]
     if strays:
@@ -202,7 +203,7 @@ def layer_cells(groups: list[LayerGroup]) -> list[str]:
 
 
 def optimizer_table(groups: list[dict[str, Any]]) -> Table:
-    """Parameter groups of an optimiser: at which rate what trains."""
+    """Parameter groups of an optimiser: at which rate what trains; a schedule multiplies these rates."""
     table = Table(title="Parameter groups", title_justify="left", title_style="bold")
     table.add_column("group")
     for header in ("learning rate", "weight decay", "tensors", "parameters"):
@@ -211,9 +212,8 @@ def optimizer_table(groups: list[dict[str, Any]]) -> Table:
     for group in groups:
         count = sum(parameter.numel() for parameter in group["params"])
         total += count
-        table.add_row(
-            group["name"], f"{group['lr']:.3g}", f"{group['weight_decay']:g}", str(len(group["params"])), f"{count:,}"
-        )
+        rate = f"{group.get('initial_lr', group['lr']):.3g}"
+        table.add_row(group["name"], rate, f"{group['weight_decay']:g}", str(len(group["params"])), f"{count:,}")
     table.add_section()
     table.add_row("total", "", "", str(sum(len(group["params"]) for group in groups)), f"{total:,}")
     return table

@@ -26,7 +26,8 @@ from img2vid.temporal.eager import uncompiled
 from img2vid.temporal.pooling import first
 
 if TYPE_CHECKING:
-    from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.model import VideoModel
+    from img2vid.two_towers import VideoTextModel
 
 
 MOST_STEPS = 2**31 - 1

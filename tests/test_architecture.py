@@ -13,7 +13,7 @@ ROOT = Path(img2vid.__file__).parent
 # lower ones never import higher ones at module level
 TIERS = [
     {"_version", "errors"},
-    {"choices"},
+    {"choices", "leaving"},
     {"config", "overlay"},
     {"weights"},
     {"command", "options", "class_names", "proof.guarantees"},
@@ -25,6 +25,7 @@ TIERS = [
     {"weights.reloading"},
     {"checkpoints.saving"},
     {"model"},
+    {"two_towers"},
     {"proof", "tuning", "footprint"},
     {"certificate", "checkpoints"},
     {"grafts"},  # which models and guarantees ask for where a configuration names some

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import img2vid
-from img2vid.config import ConfigError
+from img2vid.config import ConfigError, VideoConfig
 from img2vid.objectives import Classification
-from img2vid.training import Tuning
+from img2vid.training import Tuning, VideoTraining
 from img2vid.training.averaging import EpochAverage, MovingAverage
+from tests.test_grafts import in_turn
 from tests.training_run import fit, training
 
 
@@ -47,6 +48,25 @@ def test_the_moving_average_is_the_sum_written_out(motion_set, tmp_path):
         torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-5)
         assert torch.equal(history.validated[-1][name], weight)  # what is validated is what is saved
     assert any(not torch.equal(weight, third[name]) for name, weight in saved.items())
+
+
+@in_turn
+def test_grafts_are_averaged_and_what_is_frozen_stays(spec, motion_set, tmp_path):
+    history, video = History(), VideoConfig("nano_clip", num_frames=2, num_classes=8, grafts=(spec,))
+    how, saved = Tuning(lr=1e-3, warmup=0, freeze="temporal_only"), str(tmp_path / "model")
+    module = VideoTraining(video, Classification(), how, save_to=saved)
+    before = copy(module)
+    trained = {name for name, p in module.model.named_parameters() if p.requires_grad}
+    fit(module, motion_set, [MovingAverage(decay=0.75), history], default_root_dir=tmp_path)
+    again, (first, second, third) = img2vid.load(saved), history.steps
+    for name, weight in again.named_parameters():
+        expected = 0.5625 * first[name] + 0.1875 * second[name] + 0.25 * third[name]
+        if name in trained:
+            torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-5)
+        else:
+            assert torch.equal(weight, before[name])
+        assert torch.equal(history.validated[-1][name], weight)
+    assert any("graft_" in name and not torch.equal(p, third[name]) for name, p in again.named_parameters())
 
 
 def test_the_average_over_epochs_is_their_mean(motion_set, tmp_path):

@@ -165,6 +165,9 @@ def test_what_would_fail_at_the_end_is_told_at_once(quickly, tmp_path):
     for name, message in (("half", "not readable as results"), ("other", "holds no results")):
         with pytest.raises(SystemExit, match=message):
             main([*words, str(tmp_path / f"{name}.json")])
+    with pytest.raises(SystemExit, match="it is a folder; name a file in it"):
+        main([*words, str(tmp_path)])
+    assert not tmp_path.with_name(tmp_path.name + ".new").exists()
     with pytest.raises(SystemExit, match="results cannot be written to"):
         main([*words, str(tmp_path / "half.json" / "results.json")])
     assert not (tmp_path / "a.json").exists()

@@ -14,9 +14,10 @@ from img2vid.cli import main
 from img2vid.config import VideoConfig
 from img2vid.convert import convert
 from img2vid.errors import Img2VidError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.proof.evidence import fingerprint, image_weights
 from img2vid.proof.guarantees import KINDS, Guarantee
+from img2vid.two_towers import VideoTextModel
 from tests.conftest import randomize, small_clip, small_vit
 
 DESIGNS = [

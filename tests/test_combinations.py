@@ -16,7 +16,8 @@ from img2vid.backbones.tower import structural_copy
 from img2vid.clips import ClipError
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
+from img2vid.two_towers import VideoTextModel
 from tests.conftest import randomize, small_clip, small_vit
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 0}

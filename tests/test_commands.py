@@ -41,6 +41,32 @@ def test_help_says_what_the_command_is_called_and_does(words, capsys):
         assert action.help or action.choices, f"{words} {action.option_strings or action.dest} has no help"
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trian"], "error: There is no command img2vid trian. Did you mean 'train'"),
+        (["eval", "zeroshot"], "error: There is no command img2vid eval zeroshot. Did you mean 'zero-shot'"),
+        (["eval"], "find videos by captions"),
+        ([], "turn an image transformer into a video transformer"),
+    ],
+    ids=["command", "part of a command", "half of a command", "nothing"],
+)
+def test_a_word_that_is_wrong_or_missing_is_answered_with_the_right_ones(words, told, capsys):
+    assert cli(words) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["convert"], ["eval", "zero-shot", "--model=m", "--data=d.csv"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "wrong", [["--num-frame", "4"], ["--num-frame=4"], ["stray", "--num-frame", "4"]], ids=" ".join
+)
+def test_an_option_that_does_not_exist_is_answered_with_the_nearest(command, wrong, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli([*command, *wrong])
+    assert left.value.code == 2
+    assert "Did you mean '--num-frames'" in capsys.readouterr().err
+
+
 def test_completion_knows_commands_and_options(tmp_path, capsys):
     assert cli(["completion", "bash"]) == 0
     script = tmp_path / "img2vid.bash"

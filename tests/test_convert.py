@@ -130,9 +130,9 @@ def test_bad_options_exit_with_two(arguments, capsys):
 @pytest.mark.parametrize("name", ["norm.bias", "blocks.1.temporal_fc.bias"])
 def test_a_failed_certificate_is_a_failed_command(name, monkeypatch, capsys):
     """Sabotage the conversion, not the certificate: an image weight changes on the way, or a gate is not at zero."""
-    import img2vid.model
+    import img2vid.two_towers
 
-    build = img2vid.model.build_model
+    build = img2vid.two_towers.build_model
 
     def sabotage(backbone, config):
         model = build(backbone, config)
@@ -140,7 +140,7 @@ def test_a_failed_certificate_is_a_failed_command(name, monkeypatch, capsys):
             model.get_parameter(name).add_(1e-3)  # in place, as an honest mistake would
         return model
 
-    monkeypatch.setattr(img2vid.model, "build_model", sabotage)
+    monkeypatch.setattr(img2vid.two_towers, "build_model", sabotage)
     assert main([*TINY, "--out", "out"]) == 1
     assert "FAILED" in capsys.readouterr().out
     assert not json.loads(Path("out/certificate.json").read_text())["ok"]

@@ -395,3 +395,17 @@ def test_fused_twice_pickled_and_trained(clips):
         randomize(each, seed=5)
     assert torch.equal(again(clips), model(clips))
     assert fused_layers(again.unfuse()) == 0
+
+
+def test_weights_made_in_inference_mode_are_looked_at_again_when_only_their_order_changes(clips):
+    """The sum of their numbers stays what it was."""
+    with torch.inference_mode():
+        model = make().fuse()
+        before = model(clips)
+        for name, parameter in model.named_parameters():
+            if name.endswith("temporal_fc.weight"):
+                parameter.copy_(parameter.flip(0))
+        fused = model(clips)
+        unfused = model.unfuse()(clips)
+    assert not torch.allclose(before, unfused, atol=1e-4)
+    torch.testing.assert_close(fused, unfused, atol=1e-5, rtol=1e-5)

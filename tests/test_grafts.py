@@ -565,3 +565,11 @@ def test_frames_shown_one_at_a_time_are_those_of_the_clip(name):
         whole, stream = first(video.frame_features(shown)), video.stream()
         for t in range(3):
             torch.testing.assert_close(stream(shown[:, t]).frame, whole[:, t], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["lora", {"type": "lora"}], ids=str)
+def test_one_graft_alone_is_no_list_of_them(given):
+    model = img2vid.convert(small_vit(), num_frames=2)
+    with pytest.raises(ConfigError, match=r"expected a list of them, \[.*lora.*\]"):
+        graft(model, given)
+    assert not model.grafts

@@ -3,7 +3,9 @@
 import copy
 
 import pytest
+import timm
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from torch.func import functional_call
 
 import img2vid
@@ -238,3 +240,41 @@ def test_the_parameters_are_those_of_the_experts_and_a_router():
     model, dim = with_experts(num_experts=5), 48
     mlp = sum(p.numel() for p in small_vit().blocks[0].mlp.parameters())
     assert num_parameters(model, "experts") == 3 * (5 * mlp + 5 * dim)
+
+
+def post_normed(seed, causal):
+    torch.manual_seed(seed)
+    options = dict(img_size=48, embed_dim=64, num_heads=4, depth=3, num_classes=0, block_fn=ResPostBlock)
+    image = timm.create_model("vit_tiny_patch16_224", **options, init_values=1.0).eval()
+    reference = copy.deepcopy(image)
+    sparse = {"type": "experts", "layers": "all"}
+    return convert(image, num_frames=2, causal=causal, grafts=[sparse]), reference
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_groups_of_tokens_may_round_but_not_leak(causal):
+    """Other clips change which tokens an expert works on together, and so how it rounds: that is no leak; one is."""
+    certificate = img2vid.certify(*post_normed(4, causal))
+    assert certificate.ok, certificate.failures
+    assert 0.0 < certificate.leak < 1e-6 < certificate.rounding < 1e-3 < certificate.exchange
+    if causal:
+        assert 0.0 < certificate.later < certificate.rounding
+
+    model, reference = post_normed(4, causal)
+    mlp = model.blocks[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: own(x) + 1e-3 * x.mean(dim=0, keepdim=True)  # what the batch has in common
+    certificate = img2vid.certify(model, reference)
+    assert not certificate.separate and certificate.leak > certificate.rounding
+    assert any("clips of a batch see each other" in failure for failure in certificate.failures)
+
+
+def test_frames_that_are_kept_apart_may_round_too():
+    """exchange is rounding alone: without attention along time, frames must not be said to know of each other."""
+    torch.manual_seed(4)
+    image = timm.create_model("vit_tiny_patch16_224", img_size=48, embed_dim=64, num_heads=4, depth=3, num_classes=0)
+    reference = copy.deepcopy(image.eval())
+    certificate = img2vid.certify(
+        convert(image, attention="space_only", num_frames=3, grafts=[{"type": "experts", "layers": "all"}]), reference
+    )
+    assert certificate.ok and certificate.exchange <= certificate.rounding

@@ -245,6 +245,25 @@ def test_bad_options(options, message):
         img2vid.convert(small_vit(), grafts=[{"type": "vector", **options}])
 
 
+@pytest.mark.parametrize("spec", [AUDIO, "control", "channels"], ids=str)
+def test_evaluation_of_videos_alone_is_refused_before_one_is_read(spec, motion_set, tmp_path, capsys, monkeypatch):
+    graft(img2vid.convert("nano_clip", num_frames=2), [spec]).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("img2vid.evaluation.reading.Videos.__init__", lambda *args: pytest.fail("a video was read"))
+    test, model = str(motion_set / "test.csv"), str(tmp_path / "model")
+    kept = ["--out", str(tmp_path / "out.json"), "--no-cache", "--num-frames", "2"]
+    for command in (
+        ["eval", "zero-shot", "--model", model, "--data", test, *kept],
+        ["eval", "honesty", "--model", model, "--data", test, *kept, "--no-picture"],
+        ["eval", "retrieval", "--model", model, "--data", test, *kept],
+        ["eval", "probe", "--model", model, "--train", test, "--data", test, *kept],
+    ):
+        assert cli(command) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        name = spec if isinstance(spec, str) else spec["name"]
+        assert f"img2vid graft FOLDER --remove {name} --out FOLDER" in said, command
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_commands_that_have_no_vectors_say_so(motion_set, tmp_path, capsys):
     graft(img2vid.convert("nano_clip", num_frames=2), [AUDIO]).save_pretrained(tmp_path / "model")
     given = ["eval", "retrieval", "--model", str(tmp_path / "model"), "--data", str(motion_set / "test.csv")]

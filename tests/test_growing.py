@@ -26,10 +26,13 @@ TOWERS = {
     "rope": ("timm:vit_small_patch16_dinov3", {"attn_type": "rope"}),
     "beit": ("timm:beit_base_patch16_224", {}),
     "swiglu": ("timm:vit_giant_patch14_dinov2", {}),
+    "relative": ("timm:vit_relpos_small_patch16_224", {}),
+    "post norm": ("timm:vit_base_patch16_rpn_224", {}),
 }
 # image towers of open_clip, with their text towers: its own ViT, and one that it builds as timm's
 CLIPS = {"clip": "nano_clip", "coca": "open_clip:coca_base", "siglip": "open_clip:ViT-B-16-SigLIP"}
-WITH_HEADS = [name for name in TOWERS if name != "beit"]
+WITH_HEADS = [name for name in TOWERS if name not in ("beit", "relative")]
+WITH_DEPTH = [name for name in TOWERS if name != "post norm"]
 
 
 def make(name="vit", **settings):
@@ -51,7 +54,7 @@ def features(model, num_frames=3):
     return getattr(model, "encode_video", model)(clips(num_frames))
 
 
-@pytest.mark.parametrize("name", [*TOWERS, "clip"])
+@pytest.mark.parametrize("name", [*WITH_DEPTH, "clip"])
 @torch.no_grad()
 def test_deeper_is_bitwise_the_same(name):
     model = make(name)
@@ -270,6 +273,12 @@ def test_the_command(tmp_path, capsys):
         (lambda: make("beit"), {"heads": 6}, "relative position bias is a table of a column for each head"),
         (lambda: make("eva, norms inside"), {"heads": 6}, r"norm over all heads together \(norm\), .* Give a multiple"),
         (lambda: make("eva, norms inside"), {"mlp_ratio": 3}, "Give an mlp_ratio that makes a multiple of 96"),
+        (lambda: make("post norm"), {"depth": 4}, "no depth to add. They can be wider: mlp_ratio, heads"),
+        (
+            lambda: make("relative"),
+            {"heads": 6},
+            "table of a column for each head. Depth and mlp_ratio do not touch it",
+        ),
         (lambda: make(grafts=["lora"]), {"depth": 4}, "with grafts cannot be grown"),
         (lambda: make(), {"mlp_ratio": 2}, "MLPs are 192 wide already"),
         (lambda: make(backbone_args={**SHAPE, "scale_mlp_norm": True}), {"mlp_ratio": 6}, "norm over hidden units"),

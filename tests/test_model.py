@@ -14,10 +14,11 @@ from img2vid.backbones.tower import structural_copy
 from img2vid.clips import ClipError
 from img2vid.config import VideoConfig
 from img2vid.errors import BackboneError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.infront import fronts_of
+from img2vid.two_towers import VideoTextModel
 from tests.conftest import randomize, small_clip, small_vit
 
 PRESERVING = [
@@ -437,6 +438,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from img2vid.config import VideoConfig
 from img2vid.model import VideoModel
+from img2vid.leaving import leave_processes
 from tests.conftest import randomize, small_vit
 
 dist.init_process_group("gloo")
@@ -457,7 +459,7 @@ state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=Tru
 if dist.get_rank() == 0:
     assert state.keys() == reference.state_dict().keys()
     assert all(torch.equal(state[k], v) for k, v in reference.state_dict().items())
-dist.destroy_process_group()
+leave_processes()
 """
     )
     root = Path(__file__).parents[1]

@@ -10,6 +10,7 @@ import pytest
 SCRIPT = """
 import torch, torch.distributed as dist, torch.nn.functional as F
 from img2vid.objectives import Contrastive, Step, Surroundings
+from img2vid.leaving import leave_processes
 from tests.test_objectives import batch, text_model
 
 torch.set_num_threads(1)
@@ -39,6 +40,7 @@ for loss in ("clip", "siglip"):
                 dist.all_reduce(gradient)  # the mean over processes, as DistributedDataParallel takes it
                 away = (gradient / world - target[name]).abs().max() / target[name].abs().max().clamp(min=1e-3)
                 assert away < 1e-5, (loss, train_text, chunk, name, away.item())
+leave_processes()
 if rank == 0:
     print("same")
 """

@@ -104,6 +104,15 @@ def test_training_from_the_command_line(motion_set, tmp_path, capsys):
     assert "test/accuracy" in capsys.readouterr().out
 
 
+def test_the_command_line_leaves_the_group_of_processes(motion_set, tmp_path):
+    """gloo's threads abort some of the processes that end while they run, and torchrun calls the whole run failed."""
+    given = [f"--data.{split}_list={motion_set}/{split}.csv" for split in ("train", "val", "test")]
+    options = [*given, f"--trainer.default_root_dir={tmp_path}", "--trainer.strategy=ddp"]
+    assert main(["train", f"--config={ROOT}/configs/train/smoke.yaml", *options, f"--model.save_to={tmp_path}/m"]) == 0
+    assert not torch.distributed.is_initialized()
+    assert not [name for task in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := task.read_text())]
+
+
 def test_a_checkpoint_overrides_neither_yaml_nor_command_line(motion_set, tmp_path, capsys):
     given = [f"--data.{split}_list={motion_set}/{split}.csv" for split in ("train", "val", "test")]
     smoke = [f"--config={ROOT}/configs/train/smoke.yaml", f"--trainer.default_root_dir={tmp_path}", *given]
@@ -142,6 +151,26 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(motion_set, tmp_path, ca
     smoke = f"--config={ROOT}/configs/train/smoke.yaml"
     assert main(["train", smoke, *given, f"--trainer.default_root_dir={tmp_path}", *options]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.video.numframes=4"], "Did you mean 'model.video.num_frames'"),
+        (["--config=typo.yaml"], "does not accept option 'data.batchsize'. Did you mean 'data.batch_size'"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        ([], "Give a recipe: --config configs/train/smoke.yaml"),
+    ],
+    ids=["option", "key", "file", "nothing"],
+)
+def test_options_that_do_not_exist_are_answered_in_one_line(tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    Path("typo.yaml").write_text("data: {batchsize: 4}\n")
+    with pytest.raises(SystemExit) as left:
+        main(["train", *options])
+    assert left.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: ") and words in said[0]
 
 
 def test_start_from_and_backbone_exclude_each_other(tmp_path):

@@ -15,8 +15,9 @@ from img2vid.backbones import as_reference, load_backbone, wrap_module
 from img2vid.backbones.hub import WeightsUnavailable
 from img2vid.cli import main as cli
 from img2vid.errors import BackboneError, Img2VidError, WeightsError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.tuning.groups import layer_groups
+from img2vid.two_towers import VideoTextModel
 from tests.conftest import randomize
 
 IMAGE = {
@@ -387,12 +388,8 @@ def test_bad_input_is_one_clear_error(name, message, tmp_path, monkeypatch, caps
     from safetensors.torch import load_file, save_file
 
     monkeypatch.chdir(tmp_path)
-    contents = {
-        "bert": '{"model_type": "bert"}',
-        "swin": '{"model_type": "swin"}',
-        "listed": '{"model_type": ["clip"]}',
-    }
-    for folder, content in {**contents, "broken": "{"}.items():
+    types = {"bert": '"bert"', "swin": '"swin"', "listed": '["clip"]'}
+    for folder, content in [("broken", "{"), *((key, f'{{"model_type": {value}}}') for key, value in types.items())]:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(content)
     (tmp_path / "empty").mkdir()

@@ -561,6 +561,15 @@ def test_tables_show_what_trains_and_how_fast():
         assert part in text
 
 
+def test_the_rates_shown_are_those_asked_for_not_those_of_the_first_step_of_a_warmup():
+    groups = parameter_groups(video_clip(), 2e-5)
+    asked = to_text(optimizer_table(groups), width=140)
+    optimizer = build_optimizer(groups, "adamw")
+    schedule = build_schedule(optimizer, "cosine", total_steps=100, warmup=10)
+    assert schedule.get_last_lr()[0] == pytest.approx(2e-6)
+    assert to_text(optimizer_table(optimizer.param_groups), width=140) == asked
+
+
 def test_the_documentation_runs_and_names_every_policy_and_schedule():
     text = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
     names = {}

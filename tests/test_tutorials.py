@@ -66,6 +66,15 @@ def test_the_objective_of_contributing_runs(place, capsys):
     run(CONTRIBUTING, capsys, lambda block: True)
 
 
+def test_a_reader_of_several_pages_never_finds_a_folder_taken():
+    """`data synth` refuses a folder that is not empty, and pages are read one after the other in one clone."""
+    shells = [block for path in [ROOT / "README.md", *PAGES] for block in blocks(path.read_text(), "bash")]
+    lines = [line for block in shells for line in block.commands if line.startswith("img2vid data synth ")]
+    folders = [shlex.split(line)[3] for line in lines]
+    assert len(folders) >= 5
+    assert sorted(set(folders)) == sorted(folders)
+
+
 @pytest.mark.parametrize("path", [*PAGES, FOLDER / "README.md", CONTRIBUTING], ids=lambda path: path.stem)
 def test_links_lead_somewhere(path):
     assert dead_links(path) == []

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from img2vid.config import VideoConfig
 from img2vid.data.module import VideoData
+from img2vid.leaving import leave_processes
 from img2vid.objectives import BalanceExperts, Classification, Contrastive, Distillation, WeightedSum
 from img2vid.training import Tuning, VideoTraining
 from img2vid.training.averaging import MovingAverage
@@ -178,3 +179,4 @@ class Losses(pl.Callback):
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(250, exit=True)  # a hang says where it is
     run(**json.loads(sys.argv[1]))
+    leave_processes()

@@ -84,8 +84,12 @@ def pixel_statistics(described: dict[str, Any], path: Path) -> Preprocess | None
         )
     except (TypeError, ZeroDivisionError, OverflowError) as error:
         raise WeightsError(f"{path} describes no normalisation of pixels: {error}") from error
-    are_numbers = all(map(isfinite, pixels.mean)) and all(0.0 < s < inf for s in pixels.std)
-    if not pixels.mean or len(pixels.mean) != len(pixels.std) or not are_numbers:
+    channels = zip(pixels.mean, pixels.std, strict=False)
+    if (
+        not pixels.mean
+        or len(pixels.mean) != len(pixels.std)
+        or not all(isfinite(m) and 0 < s < inf for m, s in channels)
+    ):
         raise WeightsError(
             f"{path} describes no normalisation of pixels: it comes to a mean of {shown(pixels.mean)} and a deviation "
             f"of {shown(pixels.std)}, expected one number a channel, no deviation of 0."

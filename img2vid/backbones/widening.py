@@ -160,7 +160,10 @@ def check_widening(attn: nn.Module, tower: ImageTower, heads: int) -> None:
     elif reason is None and cls is nn.MultiheadAttention and not attn.batch_first:
         reason = "it takes tokens first and clips second"
     if reason is not None:
-        raise BackboneError(f"heads={heads}: attention of class {name} has the heads it has, as {reason}.")
+        raise BackboneError(
+            f"heads={heads}: attention of class {name} has the heads it has, as {reason}. "
+            "Depth and mlp_ratio do not touch it."
+        )
     if heads < attn.num_heads:
         raise BackboneError(f"heads={heads}: there are {attn.num_heads} already; they only ever become more.")
     over_all = [part for part in ACROSS if list(getattr(attn, part, nn.Identity()).parameters())]

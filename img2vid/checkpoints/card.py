@@ -18,8 +18,9 @@ from img2vid.proof.guarantees import Guarantee
 
 if TYPE_CHECKING:
     from img2vid.certificate import Certificate
-    from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.model import VideoModel
     from img2vid.training.movement import Movement
+    from img2vid.two_towers import VideoTextModel
 
 
 def model_card(

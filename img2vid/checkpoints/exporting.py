@@ -25,7 +25,8 @@ from img2vid.checkpoints.importing import DIALECTS, described
 from img2vid.checkpoints.native import separate
 from img2vid.config import one_of
 from img2vid.errors import WeightsError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
+from img2vid.two_towers import VideoTextModel
 from img2vid.weights.accounting import in_a_row
 from img2vid.weights.keytable import State
 
@@ -152,7 +153,7 @@ def compare(model: VideoModel, dialect: Dialect, file: Foreign) -> list[str]:
     rate = own.backbone_args.get("drop_path_rate", 0.0)
     there = config.backbone_args.get("drop_path_rate", 0.0)
     if rate != there:
-        notes.append(f"stochastic depth in training: {rate:g} here, {there:g} there")
+        notes.append(f"stochastic depth in training: {rate} here, {there} there")
     if own.time_embed_resample != config.time_embed_resample and own.has_time_embed:
         notes.append(f"other numbers of frames: {own.time_embed_resample} here, {config.time_embed_resample} there")
     return notes

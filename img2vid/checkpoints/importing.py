@@ -22,8 +22,9 @@ from img2vid.choices import POS_EMBED_RESAMPLE
 from img2vid.class_names import from_id2label
 from img2vid.config import ConfigError, VideoConfig, image_size_pair, one_of, whole_number
 from img2vid.errors import BackboneError, WeightsError
-from img2vid.model import VideoModel, build_model
+from img2vid.model import VideoModel
 from img2vid.temporal.embeddings import resample_patch_times, resample_pos_embed, resample_time_embed
+from img2vid.two_towers import build_model
 from img2vid.weights.accounting import LoadReport, load_weights
 from img2vid.weights.keytable import State
 

@@ -34,7 +34,8 @@ from img2vid.checkpoints.rebuilding import build_backbone, check_rebuildable
 from img2vid.class_names import checked_class_names
 from img2vid.config import ConfigError, VideoConfig
 from img2vid.errors import BackboneError, WeightsError
-from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.model import VideoModel
+from img2vid.two_towers import VideoTextModel, build_model
 from img2vid.weights.accounting import load_weights
 from img2vid.weights.files import read_safetensors, short
 

@@ -10,7 +10,8 @@ from img2vid.backbones import Backbone, describe, load_backbone
 from img2vid.backbones.building import unannounced
 from img2vid.config import VideoConfig
 from img2vid.errors import WeightsError
-from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.model import VideoModel
+from img2vid.two_towers import VideoTextModel, build_model
 from img2vid.weights.accounting import listed
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 
 from img2vid.choices import EVALUATION_PRECISIONS
+from img2vid.command import Parser
 from img2vid.data.lists import READERS
 from img2vid.data.sampling import SHORT_POLICIES
 
 
 def evaluation_parser(name: str, description: str) -> argparse.ArgumentParser:
     """``img2vid eval NAME`` with the model, and where the result goes."""
-    parser = argparse.ArgumentParser(f"img2vid eval {name}", description=description, allow_abbrev=False)
+    parser = Parser(f"img2vid eval {name}", description=description, allow_abbrev=False)
     out = f"runs/eval/{name.replace('-', '_')}.json"
     parser.add_argument(
         "--model", required=True, metavar="FOLDER", help="written by img2vid.convert or save_pretrained"

@@ -12,7 +12,8 @@ from img2vid.config import ConfigError
 from img2vid.options import add_certificate_options, add_graft_option, check_options
 
 if TYPE_CHECKING:
-    from img2vid.model import VideoModel, VideoTextModel
+    from img2vid.model import VideoModel
+    from img2vid.two_towers import VideoTextModel
 
 
 def make_parser() -> argparse.ArgumentParser:

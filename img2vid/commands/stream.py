@@ -101,7 +101,7 @@ def scorer(model: Any, options: argparse.Namespace) -> tuple[list[str], Any]:
 
     from img2vid.evaluation.prompts import check_distinct, class_embeddings, class_list, read_templates
     from img2vid.evaluation.scores import TextHead
-    from img2vid.model import VideoTextModel
+    from img2vid.two_towers import VideoTextModel
 
     given = options.classes or []
     names = class_list(given[0]) if len(given) == 1 else list(given)

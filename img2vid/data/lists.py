@@ -50,12 +50,10 @@ def read_list(path, format: str = "auto", root=None, classes=None, split: int = 
     path = Path(path)
     if not path.exists():
         raise ListError(f"{path}: no such file or folder (looked from {Path.cwd()})")
-    if format == "auto":
-        if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
-            raise ListError(
-                f"{path}: a video, expected a list of videos. One video: img2vid.read_clip(path, num_frames=8)"
-            )
-        format = guess_format(path)
+    if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+        raise ListError(f"{path}: a video, expected a list of videos. One video: img2vid.read_clip(path, num_frames=8)")
+    guessed = format == "auto"
+    format = guess_format(path) if guessed else format
     if format not in READERS:
         raise ListError(f"format {format!r}: expected 'auto', {', '.join(map(repr, READERS))}")
     options = {"split": split, "subset": subset} if format == "hmdb51" else {}
@@ -65,8 +63,20 @@ def read_list(path, format: str = "auto", root=None, classes=None, split: int = 
         raise ListError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not rows:
         raise ListError(f"{path}: the list is empty (read as {format!r})")
+    if guessed and format == "folder":
+        check_meant(path, rows)
     classes = named if classes is None else read_classes(classes)
     return number_labels(rows, classes, str(path))
+
+
+def check_meant(folder: Path, rows: list[Row]) -> None:
+    """A folder of one class with lists beside it, as `data synth` writes it, stands for one of the lists."""
+    lists = sorted(entry.name for entry in folder.glob("*.csv"))
+    if lists and len({row.label for row in rows}) == 1:
+        raise ListError(
+            f"{folder}: all videos are in one folder, {rows[0].label}, which would be the only class, and there are "
+            f"lists: {', '.join(lists)}. Give one of them, such as {folder / lists[-1]}, or --format folder."
+        )
 
 
 def read_classes(classes) -> list[str]:

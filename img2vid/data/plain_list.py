@@ -13,6 +13,7 @@ from img2vid.data.errors import ListError
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"}
 HEADER_WORDS = {"path", "video", "video_path", "file", "filename", "file_name", "clip", "name", "id", "video_id"}
+LABEL_WORDS = {"label", "labels", "class", "class_name", "class_id", "caption"}
 _SUFFIX = "(?:" + "|".join(sorted(re.escape(suffix) for suffix in VIDEO_SUFFIXES)) + ")"
 _PATH_THEN_LABEL = re.compile(rf"(.*{_SUFFIX})\s+(\S.*)", re.IGNORECASE)
 
@@ -26,7 +27,7 @@ def read_lines(path, file) -> list[tuple[int, str, str]]:
         parts = _split(line, separator)
         if parts is None or not all(parts):
             raise ListError(f"{path} row {number}: expected 'path label' or 'path,label', found {line!r}")
-        if number == lines[0][0] and parts[0].lower() in HEADER_WORDS:
+        if number == lines[0][0] and _is_header(*parts):
             raise ListError(
                 f"{path} row {number}: {line!r} is a header. A list has none: delete the line, or make the list a "
                 "manifest: a .csv file with the columns path and label"
@@ -35,6 +36,12 @@ def read_lines(path, file) -> list[tuple[int, str, str]]:
             raise ListError(f"{path} row {number}: {line!r} has more than one number after the path; keep the label")
         rows.append((number, *parts))
     return rows
+
+
+def _is_header(path: str, label: str) -> bool:
+    """By either word, so that a slip in one (`pth,label`) does not make the header a video and its words a class."""
+    no_path = "/" not in path and "." not in path
+    return path.lower() in HEADER_WORDS or (no_path and label.lower() in LABEL_WORDS)
 
 
 def _separator(lines: list[str]) -> str | None:

@@ -65,7 +65,8 @@ def prepare_row(row: Row, folder: Path, encoding: Encoding) -> Row | Finding:
     try:
         target = prepared_path(row, folder, encoding)
     except OSError as error:
-        return Finding(row, kind="failed", problem=str(error))
+        reason = "no such file" if isinstance(error, FileNotFoundError) else os.strerror(error.errno)
+        return Finding(row, kind="failed", problem=f"{row.path}: {reason}")
     try:
         frames = _frames_in(target)
         if frames is None:

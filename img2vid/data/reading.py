@@ -11,12 +11,14 @@ Frame i always means: the i-th frame a sequential decode would give. All backend
 from __future__ import annotations
 
 import io
+import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from importlib import import_module
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from img2vid.data.backends import VideoInfo
@@ -111,7 +113,7 @@ def read_chosen(reader, indices: Sequence[int] | Chooser) -> tuple[torch.Tensor,
     import torch
 
     if not callable(indices):
-        chosen = [int(index) for index in indices]
+        chosen = whole_numbers(indices, reader.label)
         frames = reader.read(chosen)
     else:
         # Where counting means decoding, read for the likely count first: nearly always right, and half the work.
@@ -135,7 +137,17 @@ def read_chosen(reader, indices: Sequence[int] | Chooser) -> tuple[torch.Tensor,
     return thwc.permute(0, 3, 1, 2), chosen  # (T, C, H, W); the memory stays channels-last, which resizing likes
 
 
+def whole_numbers(indices: Sequence[int], label: str) -> list[int]:
+    """Ints out of ints, NumPy's or torch's; 1.5 is no frame, and rounding it would pick one in silence."""
+    try:
+        return [operator.index(index) for index in indices]
+    except TypeError:
+        raise TypeError(f"{label}: frame indices are whole numbers such as [0, 30]; given: {indices!r}") from None
+
+
 def middle_frames(num_frames: int) -> Chooser:
+    if not isinstance(num_frames, Integral):
+        raise TypeError(f"num_frames={num_frames!r}: expected a whole number, 1 or more")
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames}: expected 1 or more")
     return lambda frames, fps: [(2 * i + 1) * frames // (2 * num_frames) for i in range(num_frames)]

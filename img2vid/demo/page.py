@@ -17,9 +17,9 @@ from img2vid.evaluation.report import STYLE, inline, read_curves, section, table
 from img2vid.evaluation.results import read_result
 from img2vid.evaluation.store import write_whole
 from img2vid.evaluation.tables import Sheet, percent
-from img2vid.model import VideoTextModel
 from img2vid.plots import attention_figure, curves_figure, save
 from img2vid.plots.canvas import INK, PALE
+from img2vid.two_towers import VideoTextModel
 
 ENOUGH_STEPS = 200  # with fewer, motion stays at chance and digits have not come back
 TOO_SHORT = (

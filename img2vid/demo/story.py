@@ -31,7 +31,7 @@ from img2vid.evaluation.reading import Views
 from img2vid.evaluation.results import write_result
 from img2vid.evaluation.store import write_whole
 from img2vid.evaluation.zero_shot import zero_shot
-from img2vid.model import VideoTextModel
+from img2vid.two_towers import VideoTextModel
 
 RECIPE = Path(__file__).with_name("recipe.yaml")  # configs/train/nano_motion.yaml
 OPPOSITE = {a: b for pair in MOTIONS for a, b in (pair, pair[::-1])}

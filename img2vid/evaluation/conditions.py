@@ -18,8 +18,9 @@ from torch import Tensor
 
 from img2vid.data.order import draw_seed
 from img2vid.evaluation.errors import EvaluationError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.temporal.pooling import first
+from img2vid.two_towers import VideoTextModel
 
 LEVELS = ("frames", "features", "output")
 

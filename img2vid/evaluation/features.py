@@ -33,8 +33,9 @@ from img2vid.evaluation.processes import Processes
 from img2vid.evaluation.reading import Problem, Videos, Views, identity, input_spec, read_in_order, stamp
 from img2vid.evaluation.store import FORMAT, Store, short_hash, write_whole
 from img2vid.evaluation.versions import installed
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.proof.evidence import fingerprint, in_eval_mode
+from img2vid.two_towers import VideoTextModel
 
 
 @dataclass

@@ -22,7 +22,7 @@ from img2vid.data.transforms import TestTransform
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.features import hash_of_model
 from img2vid.evaluation.reading import input_spec
-from img2vid.model import VideoTextModel
+from img2vid.two_towers import VideoTextModel
 
 
 class MTEBEncoder:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from img2vid.leaving import leave_processes
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -55,4 +57,4 @@ def processes() -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
     finally:
-        dist.destroy_process_group()
+        leave_processes()

@@ -87,7 +87,7 @@ def expand(path: Path, protocol: str, format: str, split: int, subset: str) -> l
         names = wanted.get(protocol, [f"testlist{split:02d}"])
         return [(name, {"path": path / f"{name}.txt", "format": "ucf101"}) for name in names]
     found = guess_format(path) if format == "auto" and path.exists() else format
-    given = {"path": path, "format": found}
+    given = {"path": path, "format": format}
     if found == "hmdb51" and several:
         subsets = ["test"] if protocol == "splits" else ["train", "test"]
         return [(f"split {s} {name}", {**given, "split": s, "subset": name}) for s in (1, 2, 3) for name in subsets]
@@ -137,12 +137,18 @@ def rounds(
     """The rounds of a protocol over the readable, labelled ``rows``.
 
     Raises:
-        EvaluationError: an unknown protocol, one whose files are not given, or a round without videos.
+        EvaluationError: an unknown protocol, files not given or of another one, or a round without videos.
     """
     if protocol not in PROTOCOLS:
         raise EvaluationError(
             f"protocol={protocol!r}: expected one of {', '.join(PROTOCOLS)}.{nearest(protocol, PROTOCOLS)}"
         )
+    for option, given, takes in (
+        ("--class-splits", class_splits, "class-splits"),
+        ("--base-classes", base_classes, "base-to-novel"),
+    ):
+        if given and protocol != takes:
+            raise EvaluationError(f"{option} is read by protocol {takes!r} alone; given with protocol {protocol!r}.")
     readable, names = set(rows), lists.videos.class_names
     if protocol in ("list", "all"):
         made = [Round("all" if protocol == "all" else "list", tuple(rows))]

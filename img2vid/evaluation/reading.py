@@ -90,19 +90,30 @@ class Videos(Dataset):
 
 
 def input_spec(model) -> InputSpec:
-    """What the model's backbone expects of its pixels."""
-    tower = video_part(model).tower
+    """What the model's backbone expects of its pixels, asked before a video is read.
+
+    Raises:
+        EvaluationError: frames that are not square, or a model that takes more than the frames of a video.
+    """
+    video = video_part(model)
+    tower = video.tower
     height, width = tower.image_size
     if height != width:
         raise EvaluationError(
             f"This model takes frames of {height} x {width} pixels; evaluation cuts squares. "
             f"Convert with image_size=({height}, {height})."
         )
-    more = [one.name for one in video_part(model).grafts if hasattr(one, "more")]
+    more = [one.name for one in video.grafts if hasattr(one, "more")]
     if more:
         raise EvaluationError(
             f"This model takes {tower.in_channels} channels, and videos hold 3, nothing for {', '.join(more)}. "
             f"img2vid graft FOLDER --remove {' '.join(more)} --out FOLDER goes without."
+        )
+    if missing := [name for name in video.takes_beside if name not in video.clip.vectors]:
+        listed = ", ".join(f"{name}, a vector of {video.takes_beside[name]} numbers" for name in missing)
+        raise EvaluationError(
+            f"This model takes {listed} for each clip, and videos alone have none to give. img2vid graft FOLDER "
+            f"--remove {' '.join(missing)} --out FOLDER goes without; from Python: model(clips, {missing[0]}=...)."
         )
     pixels = tower.preprocess
     try:

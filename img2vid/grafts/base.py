@@ -73,6 +73,11 @@ class Graft:
         if not isinstance(self.name, str) or not re.fullmatch(r"(?!fc$)[A-Za-z]\w*", self.name):
             raise ConfigError(f"name={shown(self.name)} of a graft: expected a word, such as {self.type}_2.")
 
+    @property
+    def groups_tokens(self) -> bool:
+        """Whether tokens are worked on in groups that the batch decides: how one rounds then depends on the others."""
+        return False
+
     def sites(self, video: VideoModel) -> list[Site]:
         """Every place in the model that gets it.
 
@@ -156,6 +161,8 @@ def read_graft(given: Any) -> Graft:
 
 def read_grafts(given: Any) -> tuple[Graft, ...]:
     """Several of them, each of a name of its own."""
+    if isinstance(given, (str, Mapping)):
+        raise ConfigError(f"grafts={shown(given)}: expected a list of them, [{shown(given)}].")
     grafts = tuple(read_graft(one) for one in given)
     names = [graft.name for graft in grafts]
     for name in names:

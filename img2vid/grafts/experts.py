@@ -218,6 +218,10 @@ class Upcycling(Graft):
         one_of("compute", self.compute, ("sparse", "dense"))
         object.__setattr__(self, "layers", layer_rule(self.layers, "layers"))
 
+    @property
+    def groups_tokens(self) -> bool:
+        return self.compute == "sparse"
+
     def sites(self, video: VideoModel) -> list[Site]:
         numbers = block_numbers(self.layers, len(video.tower.blocks), "layers")
         found = [site for i in numbers for site in sublayer_sites(video, i, ("mlp",))]
@@ -232,6 +236,6 @@ class Upcycling(Graft):
         return Experts(site.host, site.about["dim"], self.num_experts, self.top_k, self.compute)
 
     def guarantee(self) -> Guarantee:
-        if self.compute == "dense":
-            return super().guarantee()
-        return Guarantee("any clip, up to rounding", dict.fromkeys(KINDS, "close"))
+        if self.groups_tokens:
+            return Guarantee("any clip, up to rounding", dict.fromkeys(KINDS, "close"))
+        return super().guarantee()

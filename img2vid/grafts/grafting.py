@@ -11,9 +11,10 @@ from torch import nn
 
 from img2vid.grafts.base import Graft, GraftError, Site, read_grafts
 from img2vid.grafts.fronts import PREFIX, WeightScion, put_on, take_off
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.temporal.checkpointing import CheckpointedBlock
 from img2vid.temporal.infront import fronts_of
+from img2vid.two_towers import VideoTextModel
 
 
 def insert(video: VideoModel, grafts: Iterable[Graft]) -> None:
@@ -67,8 +68,8 @@ def graft(model: VideoModel | VideoTextModel, grafts: Iterable[Any]) -> VideoMod
             what it was.
     """
     video = tower_of(model)
-    read_grafts([*video.grafts, *(grafts := list(grafts))])  # names must differ from those it has
     new = read_grafts(grafts)
+    read_grafts([*video.grafts, *new])  # names must differ from those it has
     if isinstance(model, VideoTextModel):
         check_beside_text(new)
     try:

@@ -26,7 +26,8 @@ from img2vid.grafts.base import Graft, GraftError, Site
 from img2vid.grafts.fronts import PREFIX, GraftedProjection
 from img2vid.grafts.grafting import graft, remove, tower_of
 from img2vid.grafts.lora import LoRA, LowRank
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
+from img2vid.two_towers import VideoTextModel
 from img2vid.weights.accounting import listed
 from img2vid.weights.files import read_safetensors
 

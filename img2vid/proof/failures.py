@@ -46,9 +46,9 @@ def changed(certificate: Certificate) -> list[str]:
 def mixed(certificate: Certificate) -> list[str]:
     """Something sees what it must not."""
     found = []
-    if certificate.leak != 0.0:
+    if not certificate.leak <= certificate.rounding:
         found.append(f"clips of a batch see each other: features move by {certificate.leak}")
-    if certificate.later not in (None, 0.0):
+    if certificate.later is not None and not certificate.later <= certificate.rounding:
         found.append(f"a causal frame sees later ones: its feature moves by {certificate.later}")
     strays = [layer.layer for layer in certificate.liveness if layer.stray not in (None, 0.0)]
     if strays:
@@ -59,7 +59,7 @@ def mixed(certificate: Certificate) -> list[str]:
 def dead(certificate: Certificate) -> list[str]:
     """It cannot learn time."""
     found = [f"{layer.layer} cannot learn: {cause(layer)}" for layer in certificate.liveness if not layer.alive]
-    exchanges = certificate.exchange > 0.0
+    exchanges = certificate.exchange > certificate.rounding
     if exchanges and not certificate.mixes_frames:
         found.append(f"frames are meant to be kept apart, but one moves by {certificate.exchange} with the others")
     if not exchanges and certificate.mixes_frames:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from img2vid.model import VideoModel
 from img2vid.origins import scion_of
-from img2vid.proof.evidence import Size, largest, make_clips
+from img2vid.proof.evidence import CLOSE, Size, largest, make_clips
 from img2vid.temporal.attention import TemporalAttention
 from img2vid.temporal.block import SpaceTimeBlock
 from img2vid.temporal.pooling import first
@@ -33,6 +33,7 @@ class Acts:
     exchange: float  # gates opened by noise: how far a frame's feature moves when only the other frames change
     leak: float  # and how far a clip's features move when only the other clips of the batch change
     later: float | None  # and a frame's when only later frames change; None where it may see them
+    rounding: float  # as much of the last three is rounding: zero, but where tokens are worked on in groups
 
 
 @torch.no_grad()
@@ -61,12 +62,14 @@ def three_acts(video: VideoModel, generator: torch.Generator, as_trained: bool, 
         leak = largest(opened[0] - output(torch.cat([clips[:1], -clips[1:]]))[0])
         changed = torch.cat([clips[:, :num_own], -clips[:, num_own:]], dim=1)
         later = largest(opened[:, 0] - output(changed)[:, 0]) if video.config.causal else None
+    groups_tokens = any(graft.groups_tokens for graft in video.grafts)
+    rounding = CLOSE[opened.dtype] * largest(opened) if groups_tokens else 0.0
     if not gates:
-        return Acts(None, None, exchange, leak, later)
+        return Acts(None, None, exchange, leak, later, rounding)
     if as_trained:
         opened = output(clips)
     with video.gates_closed():
-        return Acts(largest(opened - base), largest(output(clips) - base), exchange, leak, later)
+        return Acts(largest(opened - base), largest(output(clips) - base), exchange, leak, later, rounding)
 
 
 def swap_others(x: Tensor, num_own: int = 1) -> Tensor:

@@ -24,13 +24,15 @@ def state_of(*tensors: Tensor) -> tuple[Any, ...]:
 
 
 def times_written(tensor: Tensor) -> int:
-    """Of tensors made in inference mode torch keeps no count; the sum of their bits does for one."""
+    """Of tensors made in inference mode torch keeps no count; a sum of their bits, each by its place, does for one."""
     if not tensor.is_inference():
         return tensor._version
     if tensor.is_meta:
         return 0
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.flatten().view(whole).sum())
+    bits = tensor.flatten().view(whole).long()
+    # odd factors: a plain sum is blind to order, and times an even one the highest bit would be lost
+    return int((bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum())
 
 
 def is_watched(*modules: nn.Module) -> bool:

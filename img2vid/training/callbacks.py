@@ -59,12 +59,16 @@ def without_version(numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 class ParameterSummary(pl.Callback):
-    """Before the first step: how many parameters of each layer group learn, and at which rate."""
+    """Before the first step: how many parameters of each layer group learn, and at which rate.
+
+    Rates are what this run was asked for, not what a checkpoint remembers, and not the first step of a warm-up.
+    """
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         from img2vid.reporting import layer_table, optimizer_table, to_text
 
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        trained = zip(trainer.optimizers[0].param_groups, module.asked, strict=True)
+        groups = [{**group, **asked} for group, asked in trained]
         rank_zero_info(to_text(Group(layer_table(module.model), optimizer_table(groups))))
 
 
@@ -215,8 +219,8 @@ class SaveModel(pl.Callback):
         if not trainer.is_global_zero:
             return
         from img2vid.checkpoints.native import build_backbone, save
-        from img2vid.model import build_model
         from img2vid.training.movement import measure_movement
+        from img2vid.two_towers import build_model
 
         model = build_model(build_backbone(module.model.config), module.model.config)
         model.load_state_dict(state)

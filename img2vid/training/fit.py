@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from img2vid.data.lists import read_list
 from img2vid.data.module import VideoData
-from img2vid.errors import Img2VidError
+from img2vid.errors import Img2VidError, nearest
+from img2vid.leaving import leave_processes
 from img2vid.training import TrainingError, VideoTraining
 from img2vid.training.callbacks import Bar, Lines
 
 
+class Parser(LightningArgumentParser):
+    """A mistake is one sentence, with the option that may have been meant; the usage of 300 options would hide it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # part of a parser of several: the whole will say it
+            super().error(message, ex)
+        unknown = re.search(r"does not accept option '([^']+)'|unrecognized arguments: -*([^\s=]+)", message)
+        if unknown:
+            message = f"{message}.{nearest(unknown[1] or unknown[2], option_names(self), 3)}"
+            message += " img2vid train fit --help lists all options."
+        elif "required" in message and "model.objective" in message:
+            message += ". Give a recipe: --config configs/train/smoke.yaml takes seconds, train/README.md lists others."
+        print(f"error: {message}", file=sys.stderr)
+        self.exit(2)
+
+
+def option_names(parser: argparse.ArgumentParser) -> set[str]:
+    """All options of a parser and of its subcommands, without dashes."""
+    names = {option.lstrip("-") for option in parser._option_string_actions}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            names |= set().union(*map(option_names, action._name_parser_map.values()))
+    return names
+
+
 class TrainingCLI(LightningCLI):
     """The model tells the data what its clips must look like; checkpoints change nothing that was asked for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, parser_class=Parser, **kwargs)
 
     def before_instantiate_classes(self) -> None:
         """A linear head without ``num_classes`` gets as many as the training list has."""
@@ -113,4 +144,5 @@ def main(argv: Sequence[str]) -> int:
     except (Img2VidError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    leave_processes()
     return 0

@@ -31,7 +31,7 @@ from img2vid.data.loading import num_batches
 from img2vid.data.order import draw_seed
 from img2vid.data.transforms import InputSpec
 from img2vid.errors import Img2VidError
-from img2vid.model import VideoModel, VideoTextModel, build_model
+from img2vid.model import VideoModel
 from img2vid.objectives import Objective, Step, Surroundings
 from img2vid.objectives.base import is_of_text
 from img2vid.training.averaging import check_averaging
@@ -41,6 +41,7 @@ from img2vid.training.movement import Beginning
 from img2vid.training.stopping import CheckpointOnException, StopBetweenSteps
 from img2vid.tuning import GradualUnfreezing, Tuning, bound_temperature, eval_frozen, freeze, penalty
 from img2vid.tuning.recipe import put_back, settings_of
+from img2vid.two_towers import VideoTextModel, build_model
 
 
 class TrainingError(Img2VidError):

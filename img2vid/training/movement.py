@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.proof.evidence import fingerprint, in_eval_mode
 from img2vid.temporal.pooling import first
 from img2vid.tuning.groups import image_tower_of, layer_groups
+from img2vid.two_towers import VideoTextModel
 
 
 class Beginning(dict):

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from img2vid.errors import nearest
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.origins import scion_of
 from img2vid.tuning.groups import LayerGroup, TuningError, image_tower_of, layer_groups
+from img2vid.two_towers import VideoTextModel
 
 POLICIES = ("none", "temporal_only", "grafts_only", "image", "text", "first:N")
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from img2vid.backbones.order import TABLES, Place, place_in_image_tower, places_beside_image_tower
 from img2vid.errors import Img2VidError
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.origins import is_other_towers
+from img2vid.two_towers import VideoTextModel
 
 ORIGINS = ("pretrained", "copied", "new")
 TOWERS = ("image", "text", "both")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from img2vid.errors import nearest
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.tuning.groups import TuningError, decayed_names, layer_groups
+from img2vid.two_towers import VideoTextModel
 
 MULTIPLIERS = {"pretrained": 1.0, "copied": 5.0, "new": 10.0, "text": 1.0, "time_embed": 1.0}
 OPTIMIZERS = ("adamw", "sgd")

@@ -9,10 +9,11 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from img2vid.model import VideoModel, VideoTextModel
+from img2vid.model import VideoModel
 from img2vid.tuning.groups import TuningError
 from img2vid.tuning.optimizers import build_optimizer, parameter_groups
 from img2vid.tuning.schedules import build_schedule
+from img2vid.two_towers import VideoTextModel
 
 USUAL_DECAY = {"adamw": 0.05, "sgd": 1e-4}
 

@@ -92,6 +92,7 @@ def test_spaces_commas_and_quotes_in_plain_lists(tmp_path, text, expected):
     [
         ("l.csv", "video,label\na.mp4,3\n", "row 1: 'video,label' is a header"),
         ("l.txt", "Path\tLabel\na.mp4\trun\n", "is a header"),
+        ("l.csv", "pth,label\na.mp4,run\n", "row 1: 'pth,label' is a header"),
         ("l.txt", "frames/a.mp4 120 3\n", "row 1: .* more than one number"),
         ("l.txt", "a.mp4 3\nb.mp4 golf\n", "row 2: label 'golf' is a name, but '3' .*row 1. is a number"),
         ("l.txt", "a.mp4 -1\nb.mp4 -1\n", "row 1: label '-1': class numbers are 0, 1, 2"),
@@ -256,8 +257,17 @@ def test_more_wrong_lists(tmp_path):
     video = put(tmp_path, "loose/a.mp4", "")
     with pytest.raises(ListError, match="expected .*CLASS/VIDEO. The 1 videos side by side"):
         read_list(tmp_path / "loose")
-    with pytest.raises(ListError, match="a video, expected a list"):
-        read_list(video)
+    for format in ("auto", "list"):
+        with pytest.raises(ListError, match="a video, expected a list"):
+            read_list(video, format=format)
+    put(tmp_path, "set/videos/a.mp4", "")
+    assert read_list(tmp_path / "set").class_names == ("videos",)
+    put(tmp_path, "set/train.csv", "path,label\nvideos/a.mp4,walk\n")
+    with pytest.raises(
+        ListError, match=r"in one folder, videos, .* train\.csv\. Give one of them, such as .*train\.csv"
+    ):
+        read_list(tmp_path / "set")
+    assert len(read_list(tmp_path / "set", format="folder")) == 1
     put(tmp_path, "ucf/classInd.txt", "0 Archery\n")
     with pytest.raises(ListError, match=r"classInd\.txt row 1: expected '1 ClassName'"):
         read_list(put(tmp_path, "ucf/trainlist02.txt", "Archery/a.avi 1\n"))

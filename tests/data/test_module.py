@@ -172,6 +172,8 @@ def run_on_two_processes(folder, body: str) -> list:
         "        return pl.Trainer(**quiet, **options)\n"
         + indent(body, "    ")
         + f"\n    json.dump(module.seen, open({str(folder)!r} + '/rank%d.json' % trainer.global_rank, 'w'))\n"
+        "    from img2vid.leaving import leave_processes\n"
+        "    leave_processes()\n"
         "if __name__ == '__main__':\n"
         "    main()\n"
     )

@@ -88,6 +88,13 @@ def test_a_failure_leaves_no_file(listed):
     assert [file.suffix for file in (listed / "out" / "videos").iterdir()] == [".mp4"]  # of b.avi
 
 
+def test_a_missing_video_is_called_what_it_is_called_elsewhere(tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("path,label\ngone.mp4,0\n")
+    assert prepare.main([str(tmp_path / "list.csv"), str(tmp_path / "out"), "--num-workers", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert f"failed: {tmp_path}/list.csv row 2: {tmp_path}/gone.mp4: no such file" in printed and "Errno" not in printed
+
+
 def test_folders_of_frames_can_be_prepared(tmp_path):
     from PIL import Image
 

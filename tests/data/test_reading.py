@@ -163,6 +163,18 @@ def test_wrong_arguments_teach():
         read_clip(3, [0])
     with pytest.raises(ValueError, match="num_frames=0"):
         read_clip("x.mp4", num_frames=0)
+    for wrong in ("8", 2.5, [8]):
+        with pytest.raises(TypeError, match="num_frames=.*expected a whole number"):
+            read_clip("x.mp4", num_frames=wrong)
+
+
+def test_a_frame_between_two_frames_is_refused(folder):
+    path = clips.make("one_frame", folder / "between")
+    for wrong in ([0.5], "0", [None], torch.tensor([0.5])):
+        with pytest.raises(TypeError, match="frame indices are whole numbers"):
+            read_clip(path, wrong)
+    for right in (np.array([0]), torch.tensor([0]), range(1)):
+        assert len(read_clip(path, right)) == 1
 
 
 def test_errors_survive_pickling():

@@ -135,8 +135,9 @@ def test_bit_flips_raise_or_are_counted(folder):
         data = flip_bits(whole, seed)
         try:
             read_clip(data, range(40))
-        except VideoError:
+        except VideoError as error:
             noticed += 1
+            assert str(error).count("on_error=") == 1 == str(error).count(f"<{len(data)} bytes>"), error  # said once
             with pytest.warns(DamagedVideoWarning, match=r"\d+ damaged packets"):
                 assert read_clip(data, range(40), on_error="conceal").shape == (40, 3, 96, 128)
             assert probe(data, decode=True).damaged_packets > 0

@@ -99,6 +99,18 @@ def test_summaries():
     assert two["top1"] == {"value": pytest.approx(0.72), "base": 0.9, "novel": 0.6}
 
 
+@pytest.mark.parametrize(("option", "takes"), [("class_splits", "class-splits"), ("base_classes", "base-to-novel")])
+def test_files_of_another_protocol_are_not_passed_over(lists, tmp_path, option, takes):
+    """Without it `--class-splits FILE` alone would give the number over all classes under the name asked for."""
+    file = tmp_path / "some.txt"
+    file.write_text("ant\nbee\n")
+    given = {option: [file] if option == "class_splits" else file}
+    assert rounds(takes, lists, range(10), **given)
+    for protocol in {"list", "splits", "all", "halves", "class-splits", "base-to-novel"} - {takes}:
+        with pytest.raises(EvaluationError, match=f"--{option.replace('_', '-')} .*'{takes}'"):
+            rounds(protocol, lists, range(10), **given)
+
+
 def test_unknown_protocol(lists):
     with pytest.raises(EvaluationError, match="Did you mean 'halves'"):
         rounds("half", lists, range(10))

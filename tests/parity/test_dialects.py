@@ -296,7 +296,7 @@ def test_an_original_becomes_transformers_and_comes_back(tmp_path):
     state = made.timesformer()
     model = img2vid.import_checkpoint(saved(tmp_path / "a.pyth", state), num_heads=HEADS)
     notes = img2vid.export_checkpoint(model, tmp_path / "hf", "hf-timesformer")
-    assert notes == ["stochastic depth in training: 0.1 here, 0 there"]
+    assert notes == ["stochastic depth in training: 0.1 here, 0.0 there"]
     theirs = TimesformerForVideoClassification.from_pretrained(tmp_path / "hf").eval()
     clips = torch.randn(2, 4, 3, 32, 32)
     expected = oracle(lambda c: restated.timesformer(state, c, HEADS, DEPTH, "divided_space_time"), clips)

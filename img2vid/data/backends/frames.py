@@ -32,7 +32,7 @@ class FrameFolderReader(Reader):
         found = (p for p in Path(source).iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
         self.files = sorted(found, key=natural_key)
         if not self.files:
-            raise VideoError.about(label, "a folder without frames (.jpg, .jpeg or .png files)")
+            raise VideoError.about(label, "a folder without frames (.jpg, .jpeg or .png files); a video is a file")
         self.frames, self.container = len(self.files), "folder"
         self.codec = self.files[0].suffix.lower().lstrip(".").replace("jpg", "jpeg")
 

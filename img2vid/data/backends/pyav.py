@@ -127,6 +127,8 @@ class PyAVReader(Reader):
             found = self._read_indexed(sorted(set(indices)))
             # A pts that never came out of the decoder: the index was wrong about this file, so trust the decoder.
             return self._read_sequentially(indices) if found is None else [found[i] for i in indices]
+        except VideoError:
+            raise
         except DECODE_ERRORS as error:
             raise VideoError.about(self.label, f"decoding failed ({_reason(error)})") from error
 
@@ -228,6 +230,8 @@ class PyAVReader(Reader):
             with closing(self.container.demux(self.stream)) as packets:
                 for packet in packets:
                     yield from self._decode(packet)
+        except VideoError:
+            raise
         except DECODE_ERRORS as error:
             self._refused.add("the end")
             if self.on_error == "raise":

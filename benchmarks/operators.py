@@ -1,8 +1,8 @@
 """Where a subject's time goes, operator by operator, as text.
 
-    python -m benchmarks.profile "img2vid fused" transformers --size ViT-B/16 --num-frames 8
-    python -m benchmarks.profile img2vid "img2vid temporal only" --step         # forward and backward
-    python -m benchmarks.profile stream "image model" --num-frames 1            # a frame of a stream with a window of 8
+    python -m benchmarks.operators "img2vid fused" transformers --size ViT-B/16 --num-frames 8
+    python -m benchmarks.operators img2vid "img2vid temporal only" --step         # forward and backward
+    python -m benchmarks.operators stream "image model" --num-frames 1          # a frame of a stream with a window of 8
 
 Milliseconds that operators took themselves, without those they call, by torch's profiler, of the median of some calls;
 one column for each subject (benchmarks/subjects.py). The profiler slows what it watches, small operators most.
@@ -80,7 +80,7 @@ def stream_of(size: str, dtype: torch.dtype) -> Callable[[], object]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.operators", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("subjects", nargs="+", metavar="SUBJECT", help="names of benchmarks/subjects.py, or stream")
     parser.add_argument("--size", choices=VIT, default="ViT-B/16")
