@@ -86,6 +86,11 @@ class VideoTextModel(Overlay, Running, Saving):
         """Token ids (B, L) -> features (B, D), by the untouched text tower; ``normalize`` as in ``encode_video``."""
         if not hasattr(self.base, "encode_text"):
             raise BackboneError(f"{own_class(self.base).__name__} has no features of texts; it writes captions.")
+        if not isinstance(text, Tensor):
+            raise BackboneError(
+                f"Texts of type {type(text).__name__} were given, expected token ids (B, L): "
+                "model.encode_text(model.tokenize(texts))."
+            )
         return self.base.encode_text(text) if normalize is None else self.base.encode_text(text, normalize=normalize)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 import img2vid
 from img2vid.cli import main as cli
 from img2vid.convert import main
+from img2vid.errors import BackboneError, WeightsError
 from tests.conftest import randomize, small_clip, small_vit
 
 TINY = ["--backbone", "vit_tiny", "--random-weights", "--image-size", "32", "--num-frames", "2"]
@@ -174,7 +175,27 @@ def test_inspect_and_certify(capsys):
     assert facts["flops_per_clip"] / 2 * 3 / 1e12 == pytest.approx(0.59, abs=0.005)
     assert cli(["inspect", "vit_bse"]) == 2
     assert cli(["certify", "nowhere"]) == 2
-    assert "There is no folder nowhere" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "There is no folder nowhere" in error
+    assert "img2vid convert --backbone nowhere --out runs/convert/nowhere" in error  # a backbone's name, perhaps
+    assert cli(["certify", "runs/nowhere"]) == 2
+    assert "--backbone" not in capsys.readouterr().err  # a folder's, surely
+
+
+def test_the_folder_of_a_run_says_where_its_model_is(tmp_path):
+    with pytest.raises(WeightsError) as caught:
+        img2vid.load(tmp_path)
+    assert "The model of this run" not in str(caught.value)
+    img2vid.convert("nano_clip", num_frames=2).save_pretrained(tmp_path / "model")
+    with pytest.raises(WeightsError, match="The model of this run is in") as caught:
+        img2vid.load(tmp_path)
+    assert str(tmp_path / "model") in str(caught.value)
+
+
+@pytest.mark.parametrize("texts", ["a photo", ["a photo", "a video"]])
+def test_texts_are_to_be_tokens_first(texts):
+    with pytest.raises(BackboneError, match="model.tokenize"):
+        img2vid.convert("nano_clip", num_frames=2).encode_text(texts)
 
 
 @pytest.mark.parametrize(

@@ -273,15 +273,20 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         what = f"{folder} is a file, not a folder" if folder.is_file() else f"There is no folder {folder}"
+        hint = ""
+        if len(folder.parts) == 1 and not folder.exists():  # as a backbone's name looks
+            hint = f" A backbone becomes one first: img2vid convert --backbone {folder} --out runs/convert/{folder}."
         raise WeightsError(
-            f"{what}. Give a folder written by save_pretrained or img2vid.convert. Weights of an image model: "
+            f"{what}. Give a folder written by save_pretrained or img2vid.convert.{hint} Weights of an image model: "
             "img2vid.convert(NAME, weights=FILE); a video model's own state dict: model.load_state_dict(...)."
         )
     path = folder / CONFIG
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise WeightsError(f"{folder} holds no {CONFIG}, so it is no img2vid model.") from error
+        inside = folder / "model"  # where a training run puts it
+        hint = f" The model of this run is in {inside}." if (inside / CONFIG).is_file() else ""
+        raise WeightsError(f"{folder} holds no {CONFIG}, so it is no img2vid model.{hint}") from error
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
