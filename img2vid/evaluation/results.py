@@ -77,6 +77,8 @@ def names_of(videos: VideoList) -> list[str]:
     """Paths below the folder that all videos share, so that lists agree on machines that keep them elsewhere."""
     paths = [os.path.abspath(row.path) for row in videos.rows]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    if common == os.path.dirname(common):  # the root of everything: without it a path would look like a relative one
+        return paths
     return [os.path.relpath(path, common) for path in paths]
 
 

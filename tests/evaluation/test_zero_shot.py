@@ -15,11 +15,12 @@ import img2vid
 from img2vid.backbones.nano_clip import TEMPLATES, load_nano_clip, nano_clip_tokenizer
 from img2vid.cli import main as cli
 from img2vid.data.lists import read_list
-from img2vid.data.manifest import Row, write_manifest
+from img2vid.data.manifest import Row, VideoList, write_manifest
 from img2vid.evaluation.errors import EvaluationError
 from img2vid.evaluation.prompts import template_hash
 from img2vid.evaluation.protocols import gather_lists
 from img2vid.evaluation.reading import Views
+from img2vid.evaluation.results import names_of
 from img2vid.evaluation.tables import counted
 from img2vid.evaluation.zero_shot import zero_shot
 from tests.conftest import small_vit
@@ -112,6 +113,16 @@ def test_the_list_hash_knows_content_not_place(nano, digits, tmp_path, motion):
     assert hash_with([Row(str(moved / Path(row.path).name), row.label) for row in rows]) == before
     assert hash_with([Row(rows[0].path, rows[1].label), *rows[1:]]) != before
     assert hash_with(rows[:7]) != before
+
+
+def test_videos_that_share_only_the_root_keep_their_whole_paths():
+    """ "/a/one.mp4" called "a/one.mp4" would be looked for in the wrong place."""
+
+    def names(*paths):
+        return names_of(VideoList(tuple(Row(path, 0) for path in paths), None, "list.csv"))
+
+    assert names("/a/one.mp4", "/b/c/two.mp4") == ["/a/one.mp4", "/b/c/two.mp4"]
+    assert names("/a/one.mp4", "/a/c/two.mp4") == ["one.mp4", "c/two.mp4"]
 
 
 def test_time_that_was_learned_shows(timely, motion):
