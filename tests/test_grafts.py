@@ -401,6 +401,14 @@ def test_two_of_one_type_need_two_names():
         fold(model, "lora")
 
 
+@pytest.mark.parametrize("given", ["lora", {"type": "lora"}, read_graft("lora"), None, 3], ids=str)
+def test_one_graft_is_no_list_of_grafts(given):
+    model = img2vid.convert(small_vit())
+    with pytest.raises(ConfigError, match="expected a list of grafts, such as"):
+        graft(model, given)
+    assert not model.grafts
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -68,8 +68,8 @@ def graft(model: VideoModel | VideoTextModel, grafts: Iterable[Any]) -> VideoMod
             what it was.
     """
     video = tower_of(model)
-    read_grafts([*video.grafts, *(grafts := list(grafts))])  # names must differ from those it has
     new = read_grafts(grafts)
+    read_grafts([*video.grafts, *new])  # names must differ from those it has
     if isinstance(model, VideoTextModel):
         check_beside_text(new)
     try:
