@@ -237,6 +237,7 @@ def test_a_model_without_takes_nothing():
         ({}, "dim=0: expected a whole number of at least 1"),
         ({"dim": 1.5}, "dim=1.5"),
         ({"dim": 4, "name": "normalize"}, "what forward calls another input"),
+        ({"dim": 4, "name": "self"}, "what forward calls another input"),
     ],
     ids=str,
 )

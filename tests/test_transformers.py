@@ -368,6 +368,8 @@ BAD = [
     ("hf:bert", "model_type 'bert'.*Supported of transformers are clip, "),
     ("hf:swin", "model_type 'swin'"),
     ("hf:listed", r"model_type \['clip'\]"),
+    ("hf:kernel", "attention by 'owner/repo', code from a hub"),
+    ("hf:kernels", r"attention by \{'': 'owner/repo'\}, code from a hub"),
     ("hf:broken", "cannot be read as JSON"),
     ("hf:partial", "layernorm.bias"),
     ("hf:foreign", "has no place for.*surprise"),
@@ -389,7 +391,13 @@ def test_bad_input_is_one_clear_error(name, message, tmp_path, monkeypatch, caps
 
     monkeypatch.chdir(tmp_path)
     types = {"bert": '"bert"', "swin": '"swin"', "listed": '["clip"]'}
-    for folder, content in [("broken", "{"), *((key, f'{{"model_type": {value}}}') for key, value in types.items())]:
+    attention = '{"model_type": "clip", "vision_config": {"attn_implementation": {"": "owner/repo"}}}'
+    kernels = [("kernel", '{"model_type": "vit", "attn_implementation": "owner/repo"}'), ("kernels", attention)]
+    for folder, content in [
+        ("broken", "{"),
+        *kernels,
+        *((key, f'{{"model_type": {value}}}') for key, value in types.items()),
+    ]:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(content)
     (tmp_path / "empty").mkdir()

@@ -148,6 +148,12 @@ def fetch_config(name: BackboneName, arguments: dict[str, Any]) -> Any:
             + f" It is a video model already: img2vid import {place}"
             * (model_type in VIDEO_TYPES)
         )
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):  # the towers' own, too
+        if "/" in str(part.get("attn_implementation")):
+            raise BackboneError(
+                f"{name} asks for attention by {shown(part['attn_implementation'])}, code from a hub. A description "
+                "runs no code here: take attn_implementation out of its config.json, or set it to 'sdpa' or 'eager'."
+            )
     with building(str(name), {}):
         return CONFIG_MAPPING[model_type].from_dict(content)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -160,9 +160,13 @@ def read_graft(given: Any) -> Graft:
 
 
 def read_grafts(given: Any) -> tuple[Graft, ...]:
-    """Several of them, each of a name of its own."""
-    if isinstance(given, (str, Mapping)):
-        raise ConfigError(f"grafts={shown(given)}: expected a list of them, [{shown(given)}].")
+    """Several of them, each of a name of its own.
+
+    Raises:
+        ConfigError: no list of grafts, one that cannot be read, or two of one name.
+    """
+    if isinstance(given, (str, Mapping, Graft)) or not isinstance(given, Iterable):
+        raise ConfigError(f"{shown(given)}: expected a list of grafts, such as [{{'type': 'lora', 'rank': 8}}].")
     grafts = tuple(read_graft(one) for one in given)
     names = [graft.name for graft in grafts]
     for name in names:

@@ -27,7 +27,7 @@ from img2vid.temporal.prefix import with_first
 if TYPE_CHECKING:
     from img2vid.model import VideoModel
 
-TAKEN = ("clips", "normalize")  # what forward and encode_video call their own
+TAKEN = ("self", "clips", "normalize")  # what forward and encode_video call their own
 
 
 class VectorColumns(TokenScion):
