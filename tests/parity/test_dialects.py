@@ -67,6 +67,18 @@ def test_transformers_timesformer(attention, num_frames, size, tmp_path):
     assert again.config.attention_type == attention
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_frames", "size"), [(96, 224), (8, 448), (16, 448)])
+def test_transformers_timesformer_at_its_published_sizes(num_frames, size, tmp_path):
+    """TimeSformer-L has 96 frames, -HR 16 of 448 pixels; positions and times of that many, in a narrow model."""
+    config = TimesformerConfig(image_size=size, patch_size=16, num_frames=num_frames, **SHAPE)
+    theirs = randomize(TimesformerForVideoClassification(config), seed=3, std=0.1).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    clips = torch.randn(1, num_frames, 3, size, size)
+    ours = answers(img2vid.import_checkpoint(tmp_path / "hf"), clips)
+    torch.testing.assert_close(ours, answers(theirs, clips).logits, **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("num_frames", "size", "tubelet_size"), [(2, 32, 1), (4, 48, 2), (8, 32, 2), (9, 32, 3), (2, 32, 2)]
 )
