@@ -304,7 +304,7 @@ def test_what_is_missing_without_a_network_is_named_with_the_ways_that_apply():
         assert "run once with a network" in str(error.value)
         assert "--weights" not in str(error.value)
         assert "--random-weights" not in str(error.value)
-    with pytest.raises(img2vid.Img2VidError, match="There can be no"):
+    with pytest.raises(img2vid.Img2VidError, match="No repository can have such a name"):
         img2vid.VideoModel.from_pretrained("no such name !!")
 
 

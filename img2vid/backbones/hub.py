@@ -47,7 +47,7 @@ def fetching(what: str, ways_out: Sequence[str] = WEIGHTS_WAYS) -> Iterator[None
     try:
         yield
     except HFValidationError as error:
-        raise BackboneError(f"There can be no {what}: {error}") from error
+        raise BackboneError(f"No repository can have such a name, so {what} cannot be fetched: {error}") from error
     except OSError as error:  # all of huggingface_hub's and urllib's errors about fetching are OSErrors
         raise WeightsUnavailable(unavailable(what, ways_out, error)) from error
     except RuntimeError as error:
